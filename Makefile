@@ -1,0 +1,39 @@
+# Every target does its own set-up; any of them can be run again, also after an interruption.
+.PHONY: help setup lint test unit engine serve demo bench clean
+
+PY := .venv/bin/python
+STEP = @printf '\n== %s\n'
+
+help:
+	@echo "make setup   .venv with vLLM for the CPU, the tools and this project"
+	@echo "make demo    plain vLLM and the plugin on the same prompts, side by side"
+	@echo "make test    lint, types and every test          make unit | engine | serve   one suite"
+	@echo "make bench   the measurements of docs/benchmarks.md"
+
+setup:
+	@.ci/setup
+
+lint: setup
+	$(STEP) "ruff"
+	@$(PY) -m ruff check .
+	$(STEP) "mypy"
+	@$(PY) -m mypy
+
+unit engine serve: setup
+	$(STEP) "tests/$@"
+	@$(PY) -m pytest tests/$@ --durations=5
+
+# One process per suite: an engine leaves state in its process (backends, plugins) that the next suite must not see.
+test: lint
+	@$(MAKE) --no-print-directory unit
+	@$(MAKE) --no-print-directory engine
+	@$(MAKE) --no-print-directory serve
+
+demo: setup
+	@$(PY) -m vllm_spec_plugins.tools.demo
+
+bench: setup
+	@$(PY) -m vllm_spec_plugins.tools.bench
+
+clean:
+	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache
