@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every proposer is given and what it returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from vllm_spec_plugins.tree.tree import TokenTree
+
+
+@dataclass(eq=False)
+class StepContext:
+    """What is known after a step: B requests in the batch, R request rows, N nodes per tree. All on the device.
+
+    Attributes:
+        slots: [B] int64, each request's row in the per-request state.
+        token_ids: [R, max_len] int32; token_ids[slot, :length] are the request's known tokens.
+        lengths: [B] int64, known tokens; the next root is token_ids[slot, length - 1].
+        max_length: host-side upper bound of `lengths` (spares a synchronisation).
+        num_emitted: [B] int64, tokens that this step emitted; 0 = still inside the prompt, its tree is not used.
+        drawn: [B, N + 1] int64, the target's draw at each row of `tree`; -1 where no row was computed.
+        tree: the tree that was verified in this step, after any cut by the scheduler.
+        accepted: [B] int64, accepted nodes.
+        hidden: [B, H], the target's last hidden state at the row that drew the new root; None if not kept.
+        budget: at most this many nodes may be proposed; None = N.
+    """
+
+    slots: Tensor
+    token_ids: Tensor
+    lengths: Tensor
+    max_length: int
+    num_emitted: Tensor
+    drawn: Tensor
+    tree: TokenTree
+    accepted: Tensor
+    hidden: Tensor | None = None
+    budget: int | None = None
+
+
+class Proposer(Protocol):
+    """Proposes a tree of likely continuations per request.
+
+    Every tensor-parallel rank runs the proposer and must come to the same tree: no rank-local randomness, nothing
+    that depends on timing.
+
+    Attributes:
+        name: as written in settings and metrics.
+        num_nodes: N, the fixed number of nodes of every tree it returns.
+        max_depth: no node lies deeper.
+    """
+
+    name: str
+    num_nodes: int
+    max_depth: int
+
+    def add_request(self, slot: int, prompt_len: int) -> None:
+        """Forget whatever is known of row `slot`: a new request has moved in."""
+        ...
+
+    def propose(self, ctx: StepContext) -> TokenTree:
+        """Trees of shape [B, num_nodes] below each request's last token."""
+        ...

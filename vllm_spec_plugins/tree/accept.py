@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Acceptance rules: which nodes of a verified tree may be kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from vllm_spec_plugins.tree.tree import TokenTree
+
+
+@dataclass(frozen=True, eq=False)
+class Acceptance:
+    """What one verification step keeps. D = tree.max_depth.
+
+    Attributes:
+        path: [B, D] int64, rows of the accepted nodes from the root down, padded with 0.
+        num_accepted: [B] int64, accepted nodes.
+        emitted: [B, D + 1] int64, the tokens that the step emits: the accepted nodes' tokens and the target's own
+            token below the last of them; padded with -1.
+        num_emitted: [B] int64: num_accepted + 1, or 0 where row 0 was not drawn (drawn[:, 0] == -1).
+    """
+
+    path: Tensor
+    num_accepted: Tensor
+    emitted: Tensor
+    num_emitted: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class TargetRows:
+    """What the target model computed at the rows of the trees, for rules that need more than the draws.
+
+    Attributes:
+        logits: [M, V], processed (temperature, filters, penalties), one line per row computed in this step.
+        index: [B, N + 1] int64, the line of each tree row; -1 = row not present.
+        hidden: [M, H] last hidden states, or None.
+    """
+
+    logits: Tensor
+    index: Tensor
+    hidden: Tensor | None = None
+
+
+class AcceptRule(Protocol):
+    """A rule chooses, per request, the row where the accepted path ends (0 = nothing accepted).
+
+    Attributes:
+        name: as written in settings and metrics.
+        lossless: the output is plain decoding's, token for token.
+        needs_target: `target` must be given (costs keeping the processed logits of every row).
+    """
+
+    name: str
+    lossless: bool
+    needs_target: bool
+
+    def __call__(self, tree: TokenTree, drawn: Tensor, target: TargetRows | None = None) -> Acceptance:
+        """`drawn` [B, N + 1] int64: the target's draw at every row, -1 where the row was not present."""
+        ...
+
+
+def accept_down_to(tree: TokenTree, row: Tensor, drawn: Tensor) -> Acceptance:
+    """Accept the path from the root to `row` [B] and emit the target's draw at `row` behind it."""
+    path = tree.path(row)  # [B, D]
+    num_accepted = tree.depth.gather(1, row.unsqueeze(1))  # [B, 1]
+    # The token *at* each row; the root's is not emitted, and padding (row 0) reads as -1.
+    at_row = torch.nn.functional.pad(tree.tokens, (1, 0), value=-1)
+    emitted = torch.nn.functional.pad(at_row.gather(1, path), (0, 1), value=-1)
+    last = drawn.gather(1, row.unsqueeze(1))
+    emitted.scatter_(1, num_accepted, last)
+    num_emitted = (num_accepted + 1) * (last >= 0)
+    return Acceptance(path, num_accepted.squeeze(1), emitted, num_emitted.squeeze(1))
+
+
+class Walk:
+    """The exact rule: from the root, go to the child that equals the target's draw, stop where there is none.
+
+    Every row's draw is what plain decoding would draw at that position, so what the walk emits is plain decoding's
+    output, whatever the tree. Among nodes that spell the same path (duplicates) the draws agree, so taking the
+    deepest reachable row, the first of several, is the walk.
+    """
+
+    name = "walk"
+    lossless = True
+    needs_target = False
+
+    def __call__(self, tree: TokenTree, drawn: Tensor, target: TargetRows | None = None) -> Acceptance:
+        absent = (tree.tokens | drawn[:, 1:]) < 0  # no node, or a node whose row was cut before verification
+        wrong = (tree.tokens != drawn.gather(1, tree.parents)) | absent  # [B, N]
+        blocked = (tree.ancestors()[:, :, 1:] & wrong.unsqueeze(1)).any(-1)  # [B, N + 1]: never the root
+        row = tree.depth.masked_fill(blocked, -1).argmax(1)
+        return accept_down_to(tree, row, drawn)

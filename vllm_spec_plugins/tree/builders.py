@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builders: token trees from chains, fixed shapes and sets of n-grams."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vllm_spec_plugins.tree.tree import TokenTree
+
+
+def chain(tokens: Tensor) -> TokenTree:
+    """A chain: each node is the child of the one before it.
+
+    Args:
+        tokens: [B, N] int64, -1 behind the end of a shorter chain.
+    """
+    rows = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    return TokenTree(tokens, rows.masked_fill(tokens < 0, 0))
+
+
+def trie(ngrams: Tensor, nodes: int, limit: int | None = None) -> TokenTree:
+    """Merge n-grams that may follow the root into one tree, sharing equal prefixes.
+
+    Node (g, l) is kept when no earlier n-gram has the same first l + 1 tokens. N-gram-major order is
+    ancestors-first, so what exceeds the budget is cut from the last n-grams: put the best first.
+
+    Args:
+        ngrams: [B, G, L] int64, -1 behind the end of a shorter n-gram.
+        nodes: N, the shape of the result.
+        limit: at most this many nodes are present; None = `nodes`.
+    """
+    batch, count, length = ngrams.shape
+    device = ngrams.device
+    same = (ngrams.unsqueeze(2) == ngrams.unsqueeze(1)).cumprod(-1)  # [B, G, G, L]: equal up to and including l
+    first = same.argmax(2)  # [B, G, L]: the n-gram that owns the node (itself at the latest)
+    owner = first == torch.arange(count, device=device).view(1, count, 1)
+    kept = (owner & (ngrams >= 0)).view(batch, -1)
+    row = kept.cumsum(1)  # [B, G * L]: row of a kept node
+    # Row of the prefix that ends at (g, l), looked up at its owner; the parent of (g, l + 1).
+    prefix_row = row.view(batch, count, length).gather(1, first)
+    parents = torch.nn.functional.pad(prefix_row[:, :, :-1], (1, 0)).view(batch, -1)
+    cap = nodes if limit is None else min(limit, nodes)
+    place = (row - 1).masked_fill(~kept | (row > cap), nodes)  # column `nodes` is cut off
+    out = torch.full((2, batch, nodes + 1), -1, dtype=torch.int64, device=device)
+    out[1].zero_()
+    out.scatter_(2, place.expand(2, -1, -1), torch.stack((ngrams.reshape(batch, -1), parents)))
+    return TokenTree(out[0, :, :nodes], out[1, :, :nodes], min(length, nodes))
