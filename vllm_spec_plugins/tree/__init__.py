@@ -2,6 +2,23 @@
 """Token trees and the rules that accept from them. Pure torch: knows neither vLLM nor models."""
 
 from vllm_spec_plugins.tree.accept import Acceptance, AcceptRule, TargetRows, Walk, accept_down_to
+from vllm_spec_plugins.tree.builders import append, chain, trie
+from vllm_spec_plugins.tree.topology import Topology, chain_topology, from_choices, lookahead_window, widths
 from vllm_spec_plugins.tree.tree import TokenTree
 
-__all__ = ["AcceptRule", "Acceptance", "TargetRows", "TokenTree", "Walk", "accept_down_to"]
+__all__ = [
+    "AcceptRule",
+    "Acceptance",
+    "TargetRows",
+    "TokenTree",
+    "Topology",
+    "Walk",
+    "accept_down_to",
+    "append",
+    "chain",
+    "chain_topology",
+    "from_choices",
+    "lookahead_window",
+    "trie",
+    "widths",
+]

@@ -46,3 +46,26 @@ def trie(ngrams: Tensor, nodes: int, limit: int | None = None) -> TokenTree:
     out[1].zero_()
     out.scatter_(2, place.expand(2, -1, -1), torch.stack((ngrams.reshape(batch, -1), parents)))
     return TokenTree(out[0, :, :nodes], out[1, :, :nodes], min(length, nodes))
+
+
+def append(first: TokenTree, tokens: Tensor, parents: Tensor, max_depth: int) -> TokenTree:
+    """Hang a second part of fixed layout under the root of `first`, right behind its last node.
+
+    Args:
+        first: [B, T] trees.
+        tokens: [B, M] int64 tokens of the second part, -1 at the end only.
+        parents: [M] int64, as rows of the second part alone (0 = root).
+        max_depth: depth of the second part.
+
+    Returns:
+        [B, T + M] trees; row r > 0 of the second part is row r + first.num_nodes.
+    """
+    start = first.num_nodes.unsqueeze(1)
+    width = tokens.shape[1]
+    place = start + torch.arange(width, device=tokens.device)
+    moved = (parents + start * (parents > 0)).masked_fill(tokens < 0, 0)
+    return TokenTree(
+        torch.nn.functional.pad(first.tokens, (0, width), value=-1).scatter_(1, place, tokens),
+        torch.nn.functional.pad(first.parents, (0, width)).scatter_(1, place, moved),
+        max(first.max_depth, max_depth),
+    )

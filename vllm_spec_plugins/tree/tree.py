@@ -50,6 +50,15 @@ class TokenTree:
             max_depth,
         )
 
+    def like(self, tokens: Tensor) -> TokenTree:
+        """Trees of the shape of this one ([1, N] or [B, N]) with other `tokens` [B, N], sharing its derived values."""
+        batch = tokens.shape[0]
+        tree = TokenTree(tokens, self.parents.expand(batch, -1).masked_fill(tokens < 0, 0), self.max_depth)
+        tree.__dict__["_ancestors"] = self._ancestors.expand(batch, -1, -1)
+        tree.__dict__["_ancestor_words"] = self._ancestor_words.expand(batch, -1, -1)
+        tree.__dict__["depth"] = self.depth.expand(batch, -1)
+        return tree
+
     @cached_property
     def num_nodes(self) -> Tensor:
         """[B] int64: nodes present."""

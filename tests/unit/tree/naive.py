@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plain Python references for token trees: one request, lists, loops."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vllm_spec_plugins.tree import TokenTree
+
+
+def random_tree(rng: torch.Generator, batch: int, nodes: int, vocab: int, chainy: float = 0.3) -> TokenTree:
+    """Trees of random shape and size; few token values, so that siblings are often duplicates."""
+    tokens = torch.randint(vocab, (batch, nodes), generator=rng)
+    rows = torch.arange(nodes)
+    parents = (torch.rand(batch, nodes, generator=rng) * (rows + 1)).long()
+    parents = torch.where(torch.rand(batch, nodes, generator=rng) < chainy, rows, parents)
+    return TokenTree(tokens, parents).truncate(torch.randint(nodes + 1, (batch,), generator=rng))
+
+
+def path_to(parents: list[int], row: int) -> list[int]:
+    """Rows from the root (left out) down to `row`."""
+    path: list[int] = []
+    while row:
+        path.insert(0, row)
+        row = parents[row - 1]
+    return path
+
+
+def walk(tokens: list[int], parents: list[int], drawn: list[int]) -> tuple[list[int], list[int]]:
+    """(rows, emitted) of the deepest walk that always goes to a child equal to the row's draw."""
+    best: tuple[list[int], list[int]] = ([], [drawn[0]])
+    frontier: list[tuple[int, list[int], list[int]]] = [(0, [], [])]
+    while frontier:
+        row, rows, emitted = frontier.pop(0)
+        emitted = [*emitted, drawn[row]]
+        if len(rows) > len(best[0]):
+            best = (rows, emitted)
+        for node, parent in enumerate(parents):
+            if parent == row and tokens[node] == drawn[row] and tokens[node] >= 0:
+                frontier.append((node + 1, [*rows, node + 1], emitted))
+    return best
+
+
+def paths(tree: TokenTree, request: int = 0) -> list[tuple[int, ...]]:
+    """The token string of every node of one request, in node order."""
+    tokens, parents = tree.tokens[request].tolist(), tree.parents[request].tolist()
+    present = [node for node, token in enumerate(tokens) if token >= 0]
+    return [tuple(tokens[row - 1] for row in path_to(parents, node + 1)) for node in present]
+
+
+def unpad(values: Tensor) -> list[int]:
+    return [value for value in values.tolist() if value >= 0]
