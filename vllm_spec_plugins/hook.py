@@ -21,6 +21,10 @@ TESTED_VLLM = "0.32.0"
 _DECORATING = ("torch", "contextlib", "functools")
 
 
+# `Hook.signature` of a target that must not exist yet.
+ABSENT = "no such attribute"
+
+
 class HookMismatch(RuntimeError):
     """A hook's target is not what the hook was written for. Nothing was applied."""
 
@@ -31,9 +35,10 @@ class Hook:
 
     target       "package.module:attribute.path"
     why          what would not work without it
-    signature    str(inspect.signature(target)), or the type's name when the target is not callable; None: not checked
+    signature    `shape(target)`: its signature without annotations, or its type's name when it is not callable, or
+                 ABSENT for an attribute that is added; None: not checked
     upstream     issue, patch or condition after which the hook can go
-    replacement  called with the original, returns what takes its place; for a classmethod, staticmethod or property it
+    replacement  called with the original (None for an added attribute), returns what takes its place; for a classmethod, staticmethod or property it
                  gets and returns the plain function
     """
 
@@ -53,6 +58,7 @@ class _Applied:
     installed: Any
 
 
+_NOTHING = object()
 _applied: dict[str, _Applied] = {}
 
 
@@ -80,7 +86,6 @@ def _resolve(hook: Hook) -> tuple[Any, str]:
         host = importlib.import_module(module)
         for owner in owners:
             host = getattr(host, owner)
-        inspect.getattr_static(host, name)
     except (ImportError, AttributeError) as error:
         raise _mismatch(hook, hook.signature or "the attribute", f"none ({error})") from error
     return host, name
@@ -94,13 +99,20 @@ def _function(raw: Any) -> Any:
 
 
 def shape(value: Any) -> str:
-    """What `Hook.signature` records of a target: its signature, or its type's name."""
+    """What `Hook.signature` records of a target: its signature without annotations, or its type's name.
+
+    Annotations are left out: how they print depends on the Python version, and no call does.
+    """
     function = _function(value)
-    return str(inspect.signature(function)) if callable(function) else type(value).__name__
+    if not callable(function):
+        return type(value).__name__
+    signature = inspect.signature(function)
+    parameters = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
+    return str(signature.replace(parameters=parameters, return_annotation=inspect.Signature.empty))
 
 
 def _check(hook: Hook, raw: Any) -> None:
-    found = shape(raw)
+    found = ABSENT if raw is _NOTHING else shape(raw)
     if hook.signature is not None and found != hook.signature:
         raise _mismatch(hook, hook.signature, found)
     home = getattr(_function(raw), "__globals__", {}).get("__name__")
@@ -118,7 +130,7 @@ def apply(hooks: Iterable[Hook]) -> None:
     planned: list[tuple[Hook, Any, str, Any]] = []
     for hook in hooks:
         host, name = _resolve(hook)
-        raw = inspect.getattr_static(host, name)
+        raw = inspect.getattr_static(host, name, _NOTHING)
         before = _applied.get(hook.target)
         if before is None:
             _check(hook, raw)
@@ -127,7 +139,7 @@ def apply(hooks: Iterable[Hook]) -> None:
             raise _mismatch(hook, "the replacement this package installed", f"another one ({raw!r})")
 
     for hook, host, name, raw in planned:
-        replaced = hook.replacement(_function(raw))
+        replaced = hook.replacement(None if raw is _NOTHING else _function(raw))
         installed = type(raw)(replaced) if isinstance(raw, (classmethod, staticmethod, property)) else replaced
         setattr(host, name, installed)
         _applied[hook.target] = _Applied(hook, host, name, raw, installed)
@@ -138,4 +150,7 @@ def remove(hooks: Iterable[Hook]) -> None:
     for hook in hooks:
         entry = _applied.pop(hook.target, None)
         if entry is not None:
-            setattr(entry.host, entry.name, entry.raw)
+            if entry.raw is _NOTHING:
+                delattr(entry.host, entry.name)
+            else:
+                setattr(entry.host, entry.name, entry.raw)

@@ -1,1 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Runs vLLM's Model Runner V2 where there is no GPU."""
+
+from __future__ import annotations
+
+import os
+
+__all__ = ["install"]
+
+
+def install(*, async_scheduling: bool | None = None) -> None:
+    """Make this process, and those it starts, run Model Runner V2 on the CPU. Idempotent.
+
+    Call it before the engine's configuration is made, when a plugin was asked for and vLLM's platform is the CPU.
+    `async_scheduling=True` keeps asynchronous scheduling on, which the CPU platform turns off (the same as
+    VLLM_SPEC_CPU_ASYNC=1; for tests: there is no device that could run ahead).
+
+    Raises RuntimeError when VLLM_USE_V2_MODEL_RUNNER=0 asks for the other runner, and HookMismatch when the installed
+    vLLM does not fit.
+    """
+    from vllm.triton_utils import HAS_TRITON
+
+    from vllm_spec_plugins.cpu.hooks import ASYNC_VARIABLE, FAST_LANE, HOOKS
+    from vllm_spec_plugins.hook import apply
+
+    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "1").strip().lower() in ("0", "false"):
+        raise RuntimeError("VLLM_USE_V2_MODEL_RUNNER=0 contradicts --plugin, which runs on vLLM's V2 runner: unset it")
+    apply(HOOKS if HAS_TRITON else HOOKS + FAST_LANE)
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
+    if async_scheduling is not None:
+        os.environ[ASYNC_VARIABLE] = "1" if async_scheduling else "0"

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What of vLLM is replaced so that Model Runner V2 runs without a GPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from vllm_spec_plugins.cpu import lane
+from vllm_spec_plugins.cpu.kernels.launch import NeedsGrid
+from vllm_spec_plugins.hook import ABSENT, Hook
+
+ASYNC_VARIABLE = "VLLM_SPEC_CPU_ASYNC"
+
+
+def _next_power_of_2(_: Any) -> Callable[[int], int]:
+    def next_power_of_2(n: int) -> int:
+        return 1 << (n - 1).bit_length() if n > 0 else n
+
+    return next_power_of_2
+
+
+def _register_after(original: Callable[[Any], None]) -> Callable[[Any], None]:
+    def register_triton_kernel_overrides(cls: Any) -> None:
+        original(cls)
+        lane.register()
+
+    return register_triton_kernel_overrides
+
+
+def _getitem_with_grid(original: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    def __getitem__(self: Any, grid: Any) -> Any:
+        return self._impl.on(grid) if isinstance(self._impl, NeedsGrid) else original(self, grid)
+
+    return __getitem__
+
+
+def _keep_async_scheduling(original: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
+    def check_and_update_config(cls: Any, vllm_config: Any) -> None:
+        scheduler = vllm_config.scheduler_config
+        asked = scheduler.async_scheduling
+        original(cls, vllm_config)
+        if os.environ.get(ASYNC_VARIABLE) == "1":
+            scheduler.async_scheduling = asked
+
+    return check_and_update_config
+
+
+HOOKS: tuple[Hook, ...] = (
+    Hook(
+        target="vllm.platforms.cpu:CpuPlatform.check_and_update_config",
+        why="the CPU platform turns async scheduling off; tests of that path on the CPU need it on",
+        signature="(cls, vllm_config)",
+        upstream="stays: for tests only, without effect unless VLLM_SPEC_CPU_ASYNC=1",
+        replacement=_keep_async_scheduling,
+    ),
+)
+
+# Without Triton only.
+FAST_LANE: tuple[Hook, ...] = (
+    Hook(
+        target="vllm.config.vllm:HAS_TRITON",
+        why="the config refuses Model Runner V2 without Triton, whoever supplies its kernels",
+        signature="bool",
+        upstream="goes when the check asks for registered kernels instead of for Triton",
+        replacement=lambda _: True,
+    ),
+    Hook(
+        target="vllm.triton_utils:triton.next_power_of_2",
+        why="vLLM's placeholder for Triton lacks a host function that V2's launches call",
+        signature=ABSENT,
+        upstream="goes when the placeholder has it, as it has cdiv",
+        replacement=_next_power_of_2,
+    ),
+    Hook(
+        target="vllm.platforms.cpu:CpuPlatform.register_triton_kernel_overrides",
+        why="the place where a platform registers its versions of Triton kernels: V2's are added",
+        signature="(cls)",
+        upstream="goes when vLLM's CPU platform registers versions of V2's kernels",
+        replacement=_register_after,
+    ),
+    Hook(
+        target="vllm.triton_utils.dispatcher:KernelOverride.__getitem__",
+        why="an override gets a launch's arguments but not its grid, which the block-table kernels need",
+        signature="(self, grid)",
+        upstream="goes when overrides can ask for the grid",
+        replacement=_getitem_with_grid,
+    ),
+)

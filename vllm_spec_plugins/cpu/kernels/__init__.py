@@ -1,0 +1,13 @@
+# SPDX-License-Identifier: Apache-2.0
+"""NumPy and torch versions of Model Runner V2's Triton kernels: qualified kernel name -> replacement."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from vllm_spec_plugins.cpu.kernels import blocks, inputs, sampling, speculation
+from vllm_spec_plugins.cpu.kernels.launch import NeedsGrid
+
+KERNELS: dict[str, Callable[..., None] | NeedsGrid] = {
+    name: replacement for area in (inputs, blocks, sampling, speculation) for name, replacement in area.KERNELS.items()
+}
