@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every test gets: one thread per process (engines share the cores), no network, and a seed that is printed."""
+
+from __future__ import annotations
+
+import os
+import random
+
+import pytest
+
+# Before torch is imported anywhere: worker threads that spin cost ten times the work itself on a shared machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture
+def seed() -> int:
+    """A fresh seed, shown when the test fails. TEST_SEED=n repeats that run."""
+    value = int(os.environ.get("TEST_SEED") or random.SystemRandom().randrange(2**31))
+    print(f"TEST_SEED={value}")
+    return value
