@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a user may ask for: the ``--plugin name:key=value`` grammar and one validated settings class per plugin.
+
+Everything is checked once, at start. Every error is one sentence that names the flag, the value and what would be valid.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from typing import Any, ClassVar, Self, get_type_hints
+
+FLAG = "--plugin"
+ENVIRONMENT = "VLLM_SPEC_PLUGIN"
+
+
+class SettingError(ValueError):
+    """A setting that cannot be used; the message is the sentence a user reads."""
+
+
+def setting(default: Any, doc: str, *, least: int | None = None, most: int | None = None) -> Any:
+    """A field of a settings class: its default, one line for the documentation, its range (inclusive)."""
+    return field(default=default, metadata={"doc": doc, "least": least, "most": most})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of one plugin. A subclass adds fields made with `setting` and may check combinations in `check`."""
+
+    name: ClassVar[str]
+
+    @classmethod
+    def parse(cls, given: Mapping[str, Any]) -> Self:
+        """Settings from keys and values, the values typed (JSON, Python) or text (the flag).
+
+        Raises SettingError on an unknown key, a wrong type, a value out of range or a wrong combination.
+        """
+        known = {f.name: f for f in fields(cls)}
+        types = get_type_hints(cls)
+        values = {}
+        for key, value in given.items():
+            if key not in known:
+                raise SettingError(
+                    f"{FLAG} {cls.name}: there is no setting {key!r}{_hint(key, known)}; "
+                    f"valid are {', '.join(known) or 'none'}"
+                )
+            values[key] = _typed(cls.name, key, value, types[key])
+            _check_range(cls.name, key, values[key], known[key].metadata)
+        settings = cls(**values)
+        settings.check()
+        return settings
+
+    def check(self) -> None:
+        """Raise SettingError when the values do not go together."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """All values by key, with ``name``: what `parse_plugin` takes back."""
+        return {"name": self.name, **{f.name: getattr(self, f.name) for f in fields(self)}}
+
+
+@dataclass(frozen=True)
+class NoneSettings(Settings):
+    """``--plugin none``: the same runner without speculation, the baseline of every comparison."""
+
+    name: ClassVar[str] = "none"
+
+
+@dataclass(frozen=True)
+class LookaheadSettings(Settings):
+    """Lookahead decoding (arXiv 2402.02057) with a verification trie; ``window=0`` is prompt lookup with a trie."""
+
+    name: ClassVar[str] = "lookahead"
+
+    window: int = setting(0, "columns of the Jacobi window; 0: no window, n-grams come from the text alone", least=0, most=64)
+    ngram: int = setting(5, "length of the n-grams: the known token and ngram-1 guessed ones", least=2, most=16)
+    guesses: int = setting(4, "n-grams verified per step, merged into one trie", least=1, most=32)
+    prompt_pool: bool = setting(True, "look n-grams up in the prompt and in the text generated so far")
+    shared_pool: bool = setting(False, "one n-gram pool for all requests: their texts show in each other's drafts and timing")
+
+    def check(self) -> None:
+        if self.window == 0 and not self.prompt_pool and not self.shared_pool:
+            raise SettingError(
+                f"{FLAG} {self.name}: window=0 with prompt_pool=false leaves nothing to draft from; "
+                f"use window>=1, prompt_pool=true or shared_pool=true"
+            )
+        if self.window and self.ngram < 3:
+            raise SettingError(
+                f"{FLAG} {self.name}: ngram={self.ngram} is too short for a window; use ngram>=3 or window=0"
+            )
+
+
+def parse_plugin(value: str | Mapping[str, Any], known: Mapping[str, type[Settings]]) -> Settings:
+    """One plugin as the flag, JSON, the environment or Python gives it -> its validated settings.
+
+    ``lookahead`` | ``lookahead:window=7,ngram=5`` | ``{"name": "lookahead", "window": 7}`` (text or mapping).
+    Raises SettingError.
+    """
+    name, given = _split(value)
+    if name not in known:
+        raise SettingError(f"{FLAG} {name}: there is no plugin {name!r}{_hint(name, known)}; valid are {', '.join(known)}")
+    return known[name].parse(given)
+
+
+def _split(value: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    if isinstance(value, str) and not value.lstrip().startswith("{"):
+        name, colon, rest = value.strip().partition(":")
+        if colon and not rest:
+            raise SettingError(f"{FLAG} {value}: nothing follows the colon; write {name}:key=value,key=value")
+        given: dict[str, Any] = {}
+        for item in rest.split(",") if rest else ():
+            key, equals, text = (part.strip() for part in item.partition("="))
+            if not equals or not key:
+                raise SettingError(f"{FLAG} {value}: {item!r} is not key=value; write {name}:key=value,key=value")
+            if key in given:
+                raise SettingError(f"{FLAG} {value}: {key!r} is given twice; give it once")
+            given[key] = text
+        return name, given
+
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise SettingError(
+                f"{FLAG} {value}: is not valid JSON ({error.msg} at character {error.pos}); "
+                f'write {{"name": "lookahead", "window": 7}}'
+            ) from error
+    if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
+        raise SettingError(f'{FLAG} {value}: has no "name"; write {{"name": "lookahead", "window": 7}}')
+    return value["name"], {key: item for key, item in value.items() if key != "name"}
+
+
+def _typed(plugin: str, key: str, value: Any, kind: type) -> Any:
+    """`value` as `kind`: text is read, anything else must already be of that type."""
+    words = {int: "a whole number", bool: "true or false", str: "text"}
+    if isinstance(value, str) and kind is bool and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    if isinstance(value, str) and kind is int and value.removeprefix("-").isdecimal():
+        return int(value)
+    if type(value) is not kind:
+        raise SettingError(f"{FLAG} {plugin}: {key}={value} is not {words[kind]}")
+    return value
+
+
+def _check_range(plugin: str, key: str, value: Any, limits: Mapping[str, Any]) -> None:
+    least, most = limits["least"], limits["most"]
+    if (least is not None and value < least) or (most is not None and value > most):
+        raise SettingError(f"{FLAG} {plugin}: {key}={value} is out of range; valid are {least} to {most}")
+
+
+def _hint(word: str, known: Mapping[str, Any]) -> str:
+    close = get_close_matches(word, known, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

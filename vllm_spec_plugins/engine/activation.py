@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Switching a plugin on, in this process and in those that it starts."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from vllm_spec_plugins import CONFIG_KEY
+from vllm_spec_plugins.config import Settings
+from vllm_spec_plugins.engine import support
+from vllm_spec_plugins.engine.settings import speculative_config
+from vllm_spec_plugins.hook import apply, installed_vllm
+from vllm_spec_plugins.registry import method_of
+
+# Tells the processes of an engine that a plugin is on before they have its configuration.
+ACTIVE = "VLLM_SPEC_PLUGIN_ACTIVE"
+
+
+def prepare(engine_args: Any, settings: Settings) -> None:
+    """Before the configuration is made: check the arguments, apply the hooks, ask for room for the drafts."""
+    support.check_version(installed_vllm())
+    nodes = method_of(settings).nodes(settings)
+    own = speculative_config(nodes) if nodes else None
+    if engine_args.speculative_config != own:  # the arguments of a restarted engine carry it already
+        support.check_arguments(engine_args, settings)
+    engine_args.additional_config = {**(engine_args.additional_config or {}), CONFIG_KEY: settings.as_dict()}
+    engine_args.speculative_config = own
+    os.environ[ACTIVE] = settings.name
+    install()
+
+
+def check(config: Any, settings: Settings) -> None:
+    """After the configuration is made: refuse what the plugin cannot serve."""
+    support.check_engine(config, settings)
+
+
+def clear() -> None:
+    """An engine without a plugin is being configured: its processes must not load one."""
+    os.environ.pop(ACTIVE, None)
+
+
+def install() -> None:
+    """Apply the engine's hooks in this process; on a CPU the CPU lane too. Idempotent."""
+    from vllm.platforms import current_platform
+
+    from vllm_spec_plugins.engine.hooks import ENGINE_HOOKS
+
+    if current_platform.is_cpu():
+        from vllm_spec_plugins import cpu
+
+        cpu.install()
+        _register_attention()
+    apply(ENGINE_HOOKS)
+
+
+def _register_attention() -> None:
+    from vllm.v1.attention import selector
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    register_backend(
+        AttentionBackendEnum.CPU_ATTN, "vllm_spec_plugins.engine.attention.TreeAttentionBackend"
+    )
+    # An engine built earlier in this process has left vLLM's own choice in the cache.
+    selector._cached_get_attn_backend.cache_clear()

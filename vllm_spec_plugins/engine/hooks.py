@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every place where this package reaches into vLLM: target, reason, check, and what has to happen for it to go.
+
+`FLAG_HOOKS` stand in every process that parses arguments; they do nothing until ``--plugin`` is given. `ENGINE_HOOKS`
+are applied when it is. Each replacement falls through to vLLM's own code for an engine without a plugin, so that both
+kinds can live in one process. The CPU lane has its own table in cpu/hooks.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from vllm_spec_plugins.engine import flag
+from vllm_spec_plugins.engine.settings import is_tree_method, settings_of
+from vllm_spec_plugins.hook import Hook
+
+
+def _add_cli_args(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    @functools.wraps(original)
+    def add_cli_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        return flag.add_to(original(parser))
+
+    return add_cli_args
+
+
+def _from_cli_args(original: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    @functools.wraps(original)
+    def from_cli_args(cls: Any, args: argparse.Namespace) -> Any:
+        return flag.read(original(cls, args), args)
+
+    return from_cli_args
+
+
+def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return flag.create_config(self, functools.partial(original, self, *args, **kwargs))
+
+    return create_engine_config
+
+
+def _use_v2_model_runner(original: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    def use_v2_model_runner(self: Any) -> bool:
+        return settings_of(self) is not None or original(self)
+
+    return use_v2_model_runner
+
+
+def _init_speculator(original: Callable[..., Any]) -> Callable[..., Any]:
+    def init_speculator(vllm_config: Any, device: Any, req_states: Any) -> Any:
+        settings = settings_of(vllm_config)
+        if settings is None:
+            return original(vllm_config, device, req_states)
+        from vllm_spec_plugins.engine.speculator import TreeSpeculator
+
+        return TreeSpeculator(vllm_config, device, req_states, settings)
+
+    return init_speculator
+
+
+def _resolve_model_state_cls(original: Callable[..., Any]) -> Callable[..., Any]:
+    def resolve_model_state_cls(vllm_config: Any, model: Any) -> Any:
+        cls = original(vllm_config, model)
+        if settings_of(vllm_config) is None or vllm_config.speculative_config is None:
+            return cls
+        from vllm_spec_plugins.engine.model_state import with_trees
+
+        return with_trees(cls)
+
+    return resolve_model_state_cls
+
+
+def _drafts_handler(original: type) -> type:
+    from vllm_spec_plugins.engine.speculator import TreeDraftsHandler
+
+    assert issubclass(TreeDraftsHandler, original)
+    return TreeDraftsHandler
+
+
+def _validate_spec_decode(original: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
+    def _validate_spec_decode(self: Any, speculative_config: Any) -> None:
+        if not is_tree_method(speculative_config):
+            original(self, speculative_config)
+
+    return _validate_spec_decode
+
+
+FLAG_HOOKS: tuple[Hook, ...] = (
+    Hook(
+        target="vllm.engine.arg_utils:EngineArgs.add_cli_args",
+        why="--plugin stands in `vllm serve --help` and is parsed there",
+        signature="(parser)",
+        upstream="goes when vLLM lets a general plugin add arguments",
+        replacement=_add_cli_args,
+    ),
+    Hook(
+        target="vllm.engine.arg_utils:EngineArgs.from_cli_args",
+        why="the parsed flag is not a field of EngineArgs: it travels in additional_config",
+        signature="(cls, args)",
+        upstream="goes with add_cli_args",
+        replacement=_from_cli_args,
+    ),
+    Hook(
+        target="vllm.engine.arg_utils:EngineArgs.create_engine_config",
+        why="settings are checked against the other flags before, and against the model after the config is made",
+        signature="(self, usage_context=None, headless=False)",
+        upstream="goes when plugins can take part in making the config",
+        replacement=_create_engine_config,
+    ),
+)
+
+ENGINE_HOOKS: tuple[Hook, ...] = (
+    Hook(
+        target="vllm.config.vllm:VllmConfig.use_v2_model_runner",
+        why="an engine with a plugin runs on Model Runner V2, whatever the platform's default",
+        signature="(self)",
+        upstream="goes when V1 does",
+        replacement=_use_v2_model_runner,
+    ),
+    Hook(
+        target="vllm.v1.worker.gpu.model_runner:init_speculator",
+        why="a closed if/elif makes the speculator: proposers from outside have no way in",
+        signature="(vllm_config, device, req_states)",
+        upstream="vLLM issue 36219 asks for it; patches/vllm-0.32.0 has a registry",
+        replacement=_init_speculator,
+    ),
+    Hook(
+        target="vllm.v1.worker.gpu.model_states:resolve_model_state_cls",
+        why="trees change positions, attention metadata, sampling and K/V commit: a mixin in front of the model's own state",
+        signature="(vllm_config, model)",
+        upstream="goes when a plugin can wrap a model's state",
+        replacement=_resolve_model_state_cls,
+    ),
+    Hook(
+        target="vllm.v1.worker.gpu.model_runner:DraftTokensHandler",
+        why="a synchronous scheduler is told N drafts for every request; a tree may have fewer nodes, or none",
+        signature="(device=None)",
+        upstream="goes when the handler drops -1 at the end, as the grammar path does",
+        replacement=_drafts_handler,
+    ),
+    Hook(
+        target="vllm.sampling_params:SamplingParams._validate_spec_decode",
+        why="min_p and logit_bias are refused with any speculation; the walk applies them row by row",
+        signature="(self, speculative_config)",
+        upstream="goes when the check asks the sampler",
+        replacement=_validate_spec_decode,
+    ),
+)

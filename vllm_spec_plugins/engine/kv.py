@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""K/V commit: the accepted nodes' keys and values move to the slots that plain decoding would have written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vllm_spec_plugins.engine.attention import key_blocks, value_blocks
+from vllm_spec_plugins.tree.accept import Acceptance
+
+
+def moves(acceptance: Acceptance, root: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Which accepted nodes stand in the wrong slot.
+
+    Args:
+        acceptance: B requests, paths of up to D rows.
+        root: [B] int64, position of each request's root.
+
+    Returns:
+        request, source position, destination position, each [M] int64. A path that is a prefix of the row order (a
+        chain, or the first n-gram of a trie) needs no move.
+    """
+    steps = torch.arange(1, acceptance.path.shape[1] + 1, device=root.device)
+    accepted = steps <= acceptance.num_accepted.unsqueeze(1)
+    request, step = (accepted & (acceptance.path != steps)).nonzero(as_tuple=True)
+    start = root[request]
+    return request, start + acceptance.path[request, step], start + step + 1
+
+
+def commit(caches: Sequence[Tensor], block_table: Tensor, block_size: int, source: Tensor, target: Tensor) -> None:
+    """Move keys and values between positions, in every layer's paged cache.
+
+    Args:
+        caches: per layer [blocks, G, P, 2 * D] ("vec" layout, see `attention.key_blocks`).
+        block_table: [M, max_blocks] int32, the block table row of each move's request.
+        source, target: [M] int64 positions. Targets may be other moves' sources: all are read before any is written.
+    """
+
+    def slot(position: Tensor) -> tuple[Tensor, Tensor]:
+        block = block_table.gather(1, (position // block_size).unsqueeze(1)).squeeze(1).long()
+        return block, position % block_size
+
+    (from_block, from_offset), (to_block, to_offset) = slot(source), slot(target)
+    for cache in caches:
+        keys, values = key_blocks(cache), value_blocks(cache)
+        key, value = keys[from_block, :, :, from_offset], values[from_block, :, from_offset]
+        keys[to_block, :, :, to_offset] = key
+        values[to_block, :, to_offset] = value

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model's ModelState with trees: positions, attention metadata, verification and K/V commit."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
+from vllm.v1.core.sched.output import NewRequestData
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.worker.gpu.block_table import BlockTables
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.mm.encoder_cache import EncoderCache
+from vllm.v1.worker.gpu.model_states.interface import ModelState
+from vllm.v1.worker.gpu.sample.sampler import Sampler
+from vllm.v1.worker.gpu.states import RequestState
+
+from vllm_spec_plugins.engine import attention, kv
+from vllm_spec_plugins.engine.state import StepTrees, TreeState
+from vllm_spec_plugins.registry import method_of
+from vllm_spec_plugins.engine.settings import settings_of
+
+
+class TreeModelState(ModelState):
+    """Mixin in front of the ModelState class that a model would get; keeps all that the class does."""
+
+    state: TreeState
+
+    def __init__(
+        self, vllm_config: VllmConfig, model: nn.Module, encoder_cache: EncoderCache | None, device: torch.device
+    ) -> None:
+        super().__init__(vllm_config, model, encoder_cache, device)
+        # One buffer for good: a replayed CUDA graph reads positions where it was captured.
+        self._positions = torch.zeros(self.max_num_tokens, dtype=torch.int64, device=device)
+
+    def custom_sampler(self, sampler: Sampler) -> tuple[Any, Any]:
+        from vllm_spec_plugins.engine.sampler import TreeVerifier
+
+        self.state = cast("Any", sampler.req_states).tree_state
+        settings = settings_of(self.vllm_config)
+        assert settings is not None
+        return sampler, TreeVerifier(sampler, self.state, method_of(settings).rule(settings))
+
+    def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
+        super().add_request(req_index, new_req_data)
+        params = new_req_data.sampling_params
+        chain_only = params is not None and params.structured_outputs is not None
+        self.state.add_request(req_index, new_req_data.prompt_len, chain_only)
+
+    def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables) -> None:
+        super().initialize_kv_cache(kv_cache_config, block_tables)
+        self._block_tables = block_tables
+        layers = self.vllm_config.compilation_config.static_forward_context
+        self._caches = []  # per K/V cache group, per layer
+        for group in kv_cache_config.kv_cache_groups:
+            group_layers = [layers[name] for name in group.layer_names]
+            for layer in group_layers:
+                if not isinstance(layer.impl, attention.TreeAttentionImpl):
+                    raise RuntimeError(
+                        f"--plugin: layer {layer.layer_name} runs {type(layer.impl).__name__}, not tree attention: "
+                        f"another package replaced the attention backend, or an engine was built in this process "
+                        f"before the plugin was loaded"
+                    )
+            self._caches.append([layer.kv_cache for layer in group_layers])
+            _check_layout(group_layers[0], group.kv_cache_spec.block_size)
+
+    def preprocess_state(
+        self,
+        input_batch: InputBatch,
+        block_tables: tuple[Tensor, ...],
+        kv_cache_config: KVCacheConfig,
+        num_computed_tokens: Tensor,
+    ) -> None:
+        super().preprocess_state(input_batch, block_tables, kv_cache_config, num_computed_tokens)
+        self.state.begin_step(input_batch.idx_mapping, input_batch.num_draft_tokens_per_req)
+
+    def prepare_attn(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        if self.state.trees is not None:
+            kwargs["model_specific_attn_metadata"] = attention.TreeStep(self.state.trees)
+        return super().prepare_attn(*args, **kwargs)
+
+    def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
+        inputs = super().prepare_inputs(input_batch, req_states)
+        if self.state.trees is not None:
+            positions = self._positions[: input_batch.num_tokens_after_padding].copy_(input_batch.positions)
+            inputs["positions"] = tree_positions(positions, self.state.trees, input_batch)
+        return inputs
+
+    def postprocess_state(
+        self, idx_mapping: Tensor, num_sampled: Tensor, num_computed_tokens: Tensor | None = None
+    ) -> None:
+        super().postprocess_state(idx_mapping, num_sampled, num_computed_tokens)
+        verified = self.state.verified
+        if verified is None:
+            return
+        assert num_computed_tokens is not None
+        root = num_computed_tokens[idx_mapping].long() - num_sampled.long()
+        request, source, target = kv.moves(verified.acceptance, root)
+        if len(request) == 0:
+            return
+        slots = idx_mapping[request]
+        for group, caches in enumerate(self._caches):
+            table = self._block_tables.block_tables[group].gpu[slots]
+            kv.commit(caches, table, self._block_tables.block_sizes[group], source, target)
+
+
+def tree_positions(positions: Tensor, trees: StepTrees, batch: InputBatch) -> Tensor:
+    """Rotary positions, in place: root + depth at tree rows. Slots were computed before and stay linear."""
+    local = batch.expanded_local_pos.long()
+    positions[batch.logits_indices] += trees.tree.depth[trees.request, local] - local
+    return positions
+
+
+def with_trees(base: type[ModelState]) -> type[ModelState]:
+    """`base` behind the mixin."""
+    return type(f"Tree{base.__name__}", (TreeModelState, base), {})
+
+
+def _check_layout(layer: Any, block_size: int) -> None:
+    impl: CPUAttentionBackendImpl = layer.impl
+    attention.check_layout(layer.isa, block_size, impl.num_kv_heads, impl.head_size, layer.kv_cache.dtype)

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Verification: the target draws at every row of the trees, the rule chooses the path, the tokens go out."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from vllm.config.model import PROCESSED_LOGPROBS_MODES
+from vllm.v1.outputs import LogprobsTensors
+from vllm.v1.worker.gpu.input_batch import InputBatch, get_num_sampled_and_rejected
+from vllm.v1.worker.gpu.metrics.logits import get_num_nans
+from vllm.v1.worker.gpu.sample.logprob import compute_topk_scores
+from vllm.v1.worker.gpu.sample.output import SamplerOutput
+from vllm.v1.worker.gpu.sample.sampler import Sampler
+from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
+
+from vllm_spec_plugins.engine.state import StepTrees, TreeState, Verified
+from vllm_spec_plugins.tree.accept import Acceptance, AcceptRule
+from vllm_spec_plugins.tree.tree import TokenTree
+
+
+class TreeVerifier:
+    """Stands where vLLM has its rejection sampler; called when some request of the batch has drafts."""
+
+    def __init__(self, sampler: Sampler, state: TreeState, rule: AcceptRule) -> None:
+        self.sampler, self.state, self.rule = sampler, state, rule
+
+    def __call__(
+        self,
+        logits: Tensor,
+        input_batch: InputBatch,
+        draft_logits: Tensor | None = None,
+        invalid_drafts: Tensor | None = None,
+    ) -> SamplerOutput:
+        """Draw, walk, report.
+
+        Args:
+            logits: [L, V], request by request, the root's row first; grammar masks are applied already.
+            invalid_drafts: [L] bool, rows whose node lies behind the end of what the grammar accepted.
+        """
+        trees = self.state.trees
+        assert trees is not None, "verification without trees: preprocess_state did not run"
+        tree = trees.tree
+        local = input_batch.expanded_local_pos.long()
+        if invalid_drafts is not None:
+            tree = _without_invalid(tree, trees.request, local, invalid_drafts)
+        num_nans = get_num_nans(logits) if self.sampler.compute_nans else None
+        sampled, processed = self._draw(logits, input_batch, trees, local)
+
+        drawn = torch.full((input_batch.num_reqs, tree.tokens.shape[1] + 1), -1, dtype=torch.int64, device=logits.device)
+        drawn[trees.request, local] = sampled
+        acceptance = self.rule(tree, drawn)
+        self.state.verified = Verified(tree, drawn, acceptance)
+
+        logprobs = self._logprobs(logits, processed, input_batch, acceptance, trees, local)
+        num_sampled, num_rejected = get_num_sampled_and_rejected(
+            acceptance.num_emitted.to(torch.int32),
+            input_batch.seq_lens,
+            input_batch.cu_num_logits,
+            input_batch.idx_mapping,
+            self.sampler.req_states.prefill_len.gpu,
+        )
+        return SamplerOutput(
+            sampled_token_ids=acceptance.emitted,
+            logprobs_tensors=logprobs,
+            num_nans=num_nans,
+            num_sampled=num_sampled,
+            num_rejected=num_rejected,
+        )
+
+    def _draw(
+        self, logits: Tensor, batch: InputBatch, trees: StepTrees, local: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What plain decoding would draw at each row: the same processors, the same noise, keyed by the row's position.
+
+        Returns the drawn tokens [L] int64 and the processed logits [L, V].
+        """
+        sampler = self.sampler
+        position = batch.positions[batch.logits_indices] + trees.tree.depth[trees.request, local] - local
+        input_ids = batch.input_ids[batch.logits_indices]
+        rows = (batch.expanded_idx_mapping, position, input_ids, batch.expanded_local_pos)
+        seq_lens = batch.seq_lens_cpu_upper_bound.numpy()
+        keep = None
+        if trees.branched and self._reads_history(batch.idx_mapping_np):
+            line, keep, depth = chain_layout(trees, batch.cu_num_logits, local)
+            logits = logits[line]
+            rows = (*(row[line] for row in rows[:3]), depth.to(torch.int32))
+        slot, at, token, behind = rows
+        processed = sampler.apply_sampling_params(
+            logits, slot, batch.idx_mapping, batch.idx_mapping_np, at, token, behind, seq_lens, skip_top_k_top_p=True
+        )
+        if keep is not None:
+            processed = processed[keep]
+        top_k, top_p = sampler.sampling_states.get_top_k_top_p(batch.expanded_idx_mapping, batch.idx_mapping_np)
+        return sampler._sample_random(
+            processed, batch.expanded_idx_mapping, batch.idx_mapping_np, position, top_k, top_p, use_fused_sampler=False
+        )
+
+    def _reads_history(self, slots: np.ndarray) -> bool:
+        """Whether a processor of these requests looks at the drafts before a row (they take the rows for a chain)."""
+        _, penalties, bad_words, *custom = self.sampler.logits_processors
+        thinking = self.sampler.thinking_budget_state
+        return bool(
+            custom
+            or penalties.use_penalty[slots].any()
+            or bad_words.num_bad_words.np[slots].any()
+            or (thinking.enabled and thinking.use_thinking_budget[slots].any())
+        )
+
+    def _logprobs(
+        self,
+        logits: Tensor,
+        processed: Tensor,
+        batch: InputBatch,
+        acceptance: Acceptance,
+        trees: StepTrees,
+        local: Tensor,
+    ) -> LogprobsTensors | None:
+        """Log-probabilities of the emitted tokens, each from the row that drew it, in vLLM's flat layout."""
+        most = self.sampler.sampling_states.max_num_logprobs(batch.idx_mapping_np)
+        if most == NO_LOGPROBS:
+            return None
+        mode = self.sampler.logprobs_mode
+        source = processed if mode in PROCESSED_LOGPROBS_MODES else logits
+        extra = trees.tree.tokens.shape[1] - acceptance.path.shape[1]
+        path = pad(acceptance.path, (1, extra))  # [B, N + 1]: the root, the accepted rows, zeros
+        emitted = pad(acceptance.emitted, (0, extra), value=-1)
+        first = batch.cu_num_logits[:-1].long()[trees.request]
+        return compute_topk_scores(
+            source[first + path[trees.request, local]],
+            most,
+            emitted[trees.request, local].clamp(min=0),
+            batch.cu_num_logits_np.tolist(),
+            logits_mode=mode in ("raw_logits", "processed_logits"),
+        )
+
+
+def _without_invalid(tree: TokenTree, request: Tensor, local: Tensor, invalid: Tensor) -> TokenTree:
+    """`tree` without the nodes of invalid rows (the end of a chain, so what stays is packed)."""
+    absent = torch.zeros(tree.tokens.shape[0], tree.tokens.shape[1] + 1, dtype=torch.bool, device=local.device)
+    absent[request, local] = invalid
+    absent = absent[:, 1:]
+    return TokenTree(tree.tokens.masked_fill(absent, -1), tree.parents.masked_fill(absent, 0), tree.max_depth)
+
+
+def chain_layout(trees: StepTrees, cu_num_logits: Tensor, local: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Lay every row's path out as a chain, for processors that take the rows before a row for its history.
+
+    Row r of depth d becomes D + 1 consecutive lines: its d + 1 path rows (root first) and fill, D = max_depth.
+
+    Returns:
+        line: [L * (D + 1)] int64, the logits row behind each line.
+        keep: [L] int64, the line that stands for each row.
+        depth: [L * (D + 1)] int64, each line's place in its chain; 0 for fill.
+    """
+    tree = trees.tree
+    batch, rows = tree.depth.shape
+    width = tree.max_depth + 1
+    # path[b, i, k]: the row at depth k above row i.
+    place = tree.depth.unsqueeze(1).masked_fill(~tree.ancestors(), width)  # [B, N + 1, N + 1]
+    index = torch.arange(rows, device=local.device).expand(batch, rows, rows)
+    path = torch.zeros(batch, rows, width + 1, dtype=torch.int64, device=local.device)
+    path = path.scatter_(2, place, index)[:, :, :width]
+
+    first = cu_num_logits[:-1].long()[trees.request]  # [L]
+    depth = tree.depth[trees.request, local]
+    step = torch.arange(width, device=local.device)
+    line = first.unsqueeze(1) + path[trees.request, local]
+    keep = torch.arange(len(local), device=local.device) * width + depth
+    return line.view(-1), keep, step.where(step <= depth.unsqueeze(1), 0).view(-1)

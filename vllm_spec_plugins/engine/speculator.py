@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The proposer in vLLM's speculator seat, and how its nodes get to the scheduler."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig
+from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.outputs import DraftTokenIds
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
+from vllm.v1.worker.gpu.spec_decode.utils import DraftTokensHandler
+from vllm.v1.worker.gpu.states import RequestState
+
+from vllm_spec_plugins.config import Settings
+from vllm_spec_plugins.engine.state import TreeState, Verified
+from vllm_spec_plugins.proposers.base import StepContext
+from vllm_spec_plugins.registry import Surroundings, method_of
+from vllm_spec_plugins.tree.accept import Acceptance
+from vllm_spec_plugins.tree.tree import TokenTree
+
+
+class TreeSpeculator(BaseSpeculator):
+    """Asks the proposer for the next trees after every step."""
+
+    supports_mm_inputs = False
+    draft_logits = None
+
+    def __init__(
+        self, vllm_config: VllmConfig, device: torch.device, req_states: RequestState, settings: Settings
+    ) -> None:
+        method = method_of(settings)
+        assert method.proposer is not None
+        self.req_states = req_states
+        # Placeholders of an asynchronous step are computed whatever they are: they must be tokens.
+        self.fixed_shape = bool(vllm_config.scheduler_config.async_scheduling)
+        self.proposer = method.proposer(
+            settings,
+            Surroundings(
+                max_requests=req_states.max_num_reqs,
+                max_model_len=req_states.max_model_len,
+                vocab_size=req_states.vocab_size,
+                eos_token_ids=_eos_token_ids(vllm_config),
+                device=device,
+            ),
+        )
+        if self.proposer.num_nodes != vllm_config.num_speculative_tokens:
+            raise RuntimeError(
+                f"proposer {self.proposer.name} makes trees of {self.proposer.num_nodes} nodes, "
+                f"the engine was set up for {vllm_config.num_speculative_tokens}"
+            )
+        self.state = TreeState(
+            req_states.max_num_reqs,
+            self.proposer.num_nodes,
+            self.proposer.max_depth,
+            device,
+            on_new_request=self.proposer.add_request,
+        )
+        cast("Any", req_states).tree_state = self.state
+
+    def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
+        """Nothing to capture: proposing runs between the graphs."""
+
+    def capture(self) -> None:
+        """See init_cudagraph_manager."""
+
+    @torch.inference_mode()
+    def propose(
+        self,
+        input_batch: InputBatch,
+        attn_metadata: dict[str, Any],
+        slot_mappings: dict[str, Tensor],
+        last_hidden_states: Tensor,
+        aux_hidden_states: list[Tensor] | None,
+        num_sampled: Tensor,
+        num_rejected: Tensor,
+        last_sampled: Tensor,
+        next_prefill_tokens: Tensor,
+        temperature: Tensor,
+        seeds: Tensor,
+        dp_sync_state: Any = None,
+        dummy_run: bool = False,
+        skip_attn_for_dummy_run: bool = False,
+        mm_inputs: Any = None,
+        is_profile: bool = False,
+        num_speculative_tokens: int | None = None,
+    ) -> Tensor:
+        """[B, N] int64 draft tokens; absent nodes are -1, or token 0 where placeholders must be tokens."""
+        slots = input_batch.idx_mapping
+        if dummy_run:
+            return self.state.tokens.new_zeros(len(slots), self.proposer.num_nodes)
+        verified = self.state.verified or self._nothing_verified(slots, last_sampled)
+        # Every request can have grown by one token beyond what it computed.
+        max_length = int(input_batch.seq_lens_cpu_upper_bound[: input_batch.num_reqs].max()) + 1
+        tree = self.proposer.propose(
+            StepContext(
+                slots=slots,
+                token_ids=self.req_states.all_token_ids.gpu,
+                lengths=self.req_states.total_len.gpu[slots].long(),
+                max_length=min(max_length, self.req_states.max_model_len),
+                num_emitted=num_sampled,
+                drawn=verified.drawn,
+                tree=verified.tree,
+                accepted=verified.acceptance.num_accepted,
+                budget=num_speculative_tokens,
+            )
+        )
+        self.state.end_step()
+        tree = self.state.store(slots, tree)
+        return tree.tokens.clamp(min=0) if self.fixed_shape else tree.tokens
+
+    def _nothing_verified(self, slots: Tensor, last_sampled: Tensor) -> Verified:
+        """A step without trees: each request drew one token, at its root."""
+        nodes = self.proposer.num_nodes
+        drawn = torch.full((len(slots), nodes + 1), -1, dtype=torch.int64, device=slots.device)
+        drawn[:, 0] = last_sampled.view(-1)[slots]
+        none = torch.zeros_like(slots)
+        path = drawn.new_zeros(len(slots), self.proposer.max_depth)
+        tree = TokenTree.empty(len(slots), nodes, slots.device, self.proposer.max_depth)
+        return Verified(tree, drawn, Acceptance(path, none, drawn[:, :1], none + 1))
+
+
+class TreeDraftsHandler(DraftTokensHandler):
+    """Tells a synchronous scheduler how many nodes each tree has, so that no row is computed for an absent node."""
+
+    draft_tokens: Tensor | None = None
+
+    def set_draft_tokens(self, input_batch: InputBatch, draft_tokens: Tensor) -> None:
+        super().set_draft_tokens(input_batch, draft_tokens)
+        self.draft_tokens = draft_tokens
+
+    def get_draft_tokens(self) -> DraftTokenIds | None:
+        drafts = super().get_draft_tokens()
+        if drafts is None or self.draft_tokens is None:
+            return drafts
+        counts = (self.draft_tokens >= 0).sum(1).tolist()
+        cut = [ids[:count] for ids, count in zip(drafts.draft_token_ids, counts, strict=True)]
+        return DraftTokenIds(drafts.req_ids, cut)
+
+
+def _eos_token_ids(vllm_config: VllmConfig) -> tuple[int, ...]:
+    ids = getattr(vllm_config.model_config.hf_text_config, "eos_token_id", None)
+    return tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)

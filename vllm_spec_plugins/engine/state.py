@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one step hands to the next: each request's tree, and what verifying it showed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vllm_spec_plugins.tree.accept import Acceptance
+from vllm_spec_plugins.tree.tree import TokenTree
+
+
+@dataclass(eq=False)
+class StepTrees:
+    """The trees under verification in one step. B requests; the first `num_trees` of them are those with drafts.
+
+    Attributes:
+        tree: B trees of N nodes, cut to what the scheduler scheduled; requests without drafts have no nodes.
+        num_rows: [B] int64 on the host, rows to be verified per request: its scheduled nodes and the root.
+        num_trees: requests up to the last one with drafts.
+        request: [L] int64, the request of each row; rows are laid out request by request, as logits are.
+        branched: some tree is not a chain, so causal attention would be wrong.
+    """
+
+    tree: TokenTree
+    num_rows: np.ndarray
+    num_trees: int
+    request: Tensor
+    branched: bool
+
+
+@dataclass(eq=False)
+class Verified:
+    """Outcome of one step's verification, for the whole batch of B requests.
+
+    Attributes:
+        tree: [B, N], the trees as verified (absent nodes where a request had none).
+        drawn: [B, N + 1] int64, the target's draw at every row, -1 where there was no row.
+        acceptance: the rule's choice.
+    """
+
+    tree: TokenTree
+    drawn: Tensor
+    acceptance: Acceptance
+
+
+class TreeState:
+    """Trees by request slot, shared by speculator, model state and sampler; hung on vLLM's RequestState.
+
+    Attributes:
+        tokens, parents: [R, N] int64, the tree each request will have verified next (TokenTree's layout).
+        on_new_request: called with slot and prompt length when a request moves in (the proposer's memory of the slot).
+        chain_only: [R] bool, requests whose nodes must form a chain (grammar masks advance along the row order).
+        trees: this step's trees; None when no request has drafts.
+        verified: this step's outcome; None until the sampler has run, and when no request had drafts.
+    """
+
+    def __init__(
+        self,
+        max_requests: int,
+        num_nodes: int,
+        max_depth: int,
+        device: torch.device,
+        on_new_request: Callable[[int, int], None],
+    ) -> None:
+        self.num_nodes, self.max_depth = num_nodes, max_depth
+        self._on_new_request = on_new_request
+        self.tokens = torch.full((max_requests, num_nodes), -1, dtype=torch.int64, device=device)
+        self.parents = torch.zeros(max_requests, num_nodes, dtype=torch.int64, device=device)
+        self.chain_only = torch.zeros(max_requests, dtype=torch.bool, device=device)
+        self.any_chain_only = False
+        self.trees: StepTrees | None = None
+        self.verified: Verified | None = None
+
+    def add_request(self, slot: int, prompt_len: int, chain_only: bool) -> None:
+        """A new request, or one resumed after preemption, moves into `slot`: it has no tree."""
+        self._on_new_request(slot, prompt_len)
+        self.tokens[slot].fill_(-1)
+        self.parents[slot].zero_()
+        self.chain_only[slot] = chain_only
+        self.any_chain_only |= chain_only
+
+    def begin_step(self, slots: Tensor, num_drafts: np.ndarray | None) -> None:
+        """Look up the trees of the requests that have drafts scheduled.
+
+        Args:
+            slots: [B] int64, the batch's request rows.
+            num_drafts: [B] nodes scheduled per request, on the host; None = none at all.
+        """
+        self.end_step()
+        if num_drafts is None or not num_drafts.any():
+            return
+        num_rows = num_drafts.astype(np.int64) + 1
+        request = torch.from_numpy(np.repeat(np.arange(len(num_rows)), num_rows))
+        scheduled = torch.from_numpy(num_rows - 1)
+        tree = TokenTree(self.tokens[slots], self.parents[slots], self.max_depth)
+        tree = tree.truncate(scheduled.to(slots.device, non_blocking=True))
+        self.trees = StepTrees(
+            tree=tree,
+            num_rows=num_rows,
+            num_trees=int(np.flatnonzero(num_drafts)[-1]) + 1,
+            request=request.to(slots.device, non_blocking=True),
+            branched=self._branched(tree),
+        )
+
+    def end_step(self) -> None:
+        """Forget the step: dummy runs and steps without drafts must not see an earlier step's trees."""
+        self.trees = self.verified = None
+
+    @staticmethod
+    def _branched(tree: TokenTree) -> bool:
+        """Whether any tree branches. On a GPU always true: asking would synchronise."""
+        if tree.tokens.device.type != "cpu":
+            return True
+        place = torch.arange(tree.tokens.shape[1])
+        return bool(((tree.parents != place) & (tree.tokens >= 0)).any())
+
+    def store(self, slots: Tensor, tree: TokenTree) -> TokenTree:
+        """Keep `tree` [B, N] as the next trees of `slots`; returns it as stored (chains where only chains are valid)."""
+        if self.any_chain_only:
+            place = torch.arange(self.num_nodes, device=tree.tokens.device)
+            on_chain = ((tree.parents == place) & (tree.tokens >= 0)).cumprod(1).sum(1)
+            tree = tree.truncate(torch.where(self.chain_only[slots], on_chain, self.num_nodes))
+        self.tokens[slots] = tree.tokens
+        self.parents[slots] = tree.parents
+        return tree

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an engine must not be for trees to be right in it; each refusal is one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from vllm.config import VllmConfig
+
+from vllm_spec_plugins.config import FLAG, SettingError, Settings
+from vllm_spec_plugins.registry import method_of
+
+# Releases whose seams the hooks were written against and tested with.
+TESTED_RELEASES = ("0.32",)
+
+
+def check_version(found: str) -> None:
+    """Raise SettingError unless the installed vLLM is a tested release."""
+    if ".".join(found.split("+")[0].split(".")[:2]) not in TESTED_RELEASES:
+        raise SettingError(
+            f"{FLAG}: this release works with vLLM {', '.join(f'{r}.*' for r in TESTED_RELEASES)}, "
+            f"but vLLM {found} is installed; install one of those, or start without {FLAG}"
+        )
+
+
+def check_arguments(engine_args: Any, settings: Settings) -> None:
+    """Raise SettingError when other flags contradict the plugin."""
+    if engine_args.speculative_config:
+        raise SettingError(
+            f"{FLAG} {settings.name}: conflicts with --speculative-config {engine_args.speculative_config}; give only one"
+        )
+
+
+def check_engine(config: VllmConfig, settings: Settings) -> None:
+    """Raise SettingError when the model or the deployment is of a kind that is not supported."""
+    if method_of(settings).nodes(settings) == 0:
+        return
+    for what, instead in _unsupported(config):
+        raise SettingError(f"{FLAG} {settings.name}: {what} is not supported; {instead}")
+
+
+def _unsupported(config: VllmConfig) -> Iterator[tuple[str, str]]:
+    """(what is not supported, what would be valid), for everything that does not hold."""
+    model, parallel, cache = config.model_config, config.parallel_config, config.cache_config
+    name = model.model
+    without = f"serve it without {FLAG}, or with {FLAG} none"
+    if model.runner_type != "generate":
+        yield f"a {model.runner_type} model ({name})", "use a model that generates text"
+    if model.is_encoder_decoder:
+        yield f"an encoder-decoder model ({name})", without
+    if model.is_hybrid or model.is_attention_free:
+        yield f"a hybrid or Mamba model ({name}), whose recurrent state cannot branch,", without
+    if model.use_mla:
+        yield f"a model with multi-head latent attention ({name})", without
+    if model.get_sliding_window() is not None or _has_windows(model.hf_text_config):
+        yield f"a model with sliding-window attention ({name})", without
+    if model.uses_mrope:
+        yield f"a model with multi-dimensional rotary positions ({name})", without
+    if model.is_diffusion:
+        yield f"a diffusion model ({name})", without
+    if _uses_alibi(model.hf_text_config):
+        yield f"a model with ALiBi positions ({name})", without
+    if parallel.pipeline_parallel_size > 1:
+        yield f"--pipeline-parallel-size {parallel.pipeline_parallel_size}", "use --tensor-parallel-size"
+    if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
+        yield "context parallelism", "use --tensor-parallel-size"
+    if parallel.use_ubatching:
+        yield "micro-batching (--enable-dbo)", "start without it"
+    if config.kv_transfer_config is not None:
+        yield "a K/V connector (--kv-transfer-config)", "start without it"
+    if cache.cache_dtype.startswith("fp8"):
+        yield f"--kv-cache-dtype {cache.cache_dtype}", "use --kv-cache-dtype auto"
+    if model.return_sampling_mask:
+        yield "--return-sampling-mask", "start without it"
+    if model.enable_trace_replay:
+        yield "--enable-trace-replay", "start without it"
+    if config.watermark_config is not None:
+        yield "watermarking", "start without it"
+    if config.device_config.device_type != "cpu":
+        yield (
+            f"tree attention on {config.device_config.device_type} devices",
+            f"this release verifies trees on the CPU only: use {FLAG} none there",
+        )
+
+
+def _has_windows(text_config: Any) -> bool:
+    kinds = getattr(text_config, "layer_types", None) or []
+    return any("sliding" in str(kind) or "chunked" in str(kind) for kind in kinds)
+
+
+def _uses_alibi(text_config: Any) -> bool:
+    return bool(getattr(text_config, "alibi", False)) or text_config.model_type in ("bloom", "mpt", "baichuan")

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The methods: one line each. To add one, copy a line and write one file under proposers/."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vllm_spec_plugins.config import LookaheadSettings, NoneSettings, Settings, parse_plugin
+from vllm_spec_plugins.proposers.base import Proposer
+from vllm_spec_plugins.proposers.lookahead import LookaheadProposer
+from vllm_spec_plugins.tree.accept import AcceptRule, Walk
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a proposer may know of the engine that it is built for."""
+
+    max_requests: int
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Method:
+    """A named way to serve: its settings, what proposes trees, and what accepts from them.
+
+    settings    validated settings class; carries the name
+    nodes       settings -> nodes per tree without the root; 0: no speculation
+    proposer    settings, surroundings -> Proposer; None when `nodes` is 0
+    rule        settings -> AcceptRule
+    """
+
+    settings: type[Settings]
+    nodes: Callable[[Any], int]
+    proposer: Callable[[Any, Surroundings], Proposer] | None
+    rule: Callable[[Any], AcceptRule]
+
+
+METHODS: dict[str, Method] = {}
+
+
+def register(method: Method) -> None:
+    """Enter a method. Refuses, at once, one that lacks what the engine will ask for."""
+    settings = method.settings()
+    name = settings.name
+    if name in METHODS:
+        raise ValueError(f"method {name!r} is registered already")
+    if method.nodes(settings) and method.proposer is None:
+        raise ValueError(f"method {name!r} has nodes to fill and no proposer")
+    rule = method.rule(settings)
+    if missing := [a for a in ("name", "lossless", "needs_target") if not hasattr(rule, a)]:
+        raise ValueError(f"method {name!r}: its rule lacks {', '.join(missing)}")
+    METHODS[name] = method
+
+
+def _lookahead(settings: LookaheadSettings, around: Surroundings) -> LookaheadProposer:
+    return LookaheadProposer(
+        max_requests=around.max_requests,
+        device=around.device,
+        window=settings.window,
+        ngram=settings.ngram,
+        guesses=settings.guesses,
+        prompt_pool=settings.prompt_pool,
+        shared_pool=settings.shared_pool,
+        eos_token_ids=around.eos_token_ids,
+    )
+
+
+def _lookahead_nodes(settings: LookaheadSettings) -> int:
+    """Window rows 0..ngram-2 of `window` columns, the root among them, and the guesses' tokens."""
+    in_window = settings.window * (settings.ngram - 1) - 1 if settings.window else 0
+    return in_window + settings.guesses * (settings.ngram - 1)
+
+
+register(Method(NoneSettings, nodes=lambda _: 0, proposer=None, rule=lambda _: Walk()))
+register(Method(LookaheadSettings, nodes=_lookahead_nodes, proposer=_lookahead, rule=lambda _: Walk()))
+
+
+def resolve(value: str | Mapping[str, Any]) -> Settings:
+    """The settings that a flag, a JSON text or a mapping asks for. Raises SettingError."""
+    return parse_plugin(value, {name: method.settings for name, method in METHODS.items()})
+
+
+def method_of(settings: Settings) -> Method:
+    """The method that validated settings belong to."""
+    return METHODS[settings.name]
