@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training text and tokenizer of the tiny model family: the Python standard library of the running interpreter.
 
-    python -m tests.models.corpus --workdir DIR     # trains the tokenizer, encodes both splits, cuts the held-out prompts
+    python -m tests.models.corpus --workdir DIR     # trains the tokenizer, encodes both splits
 
 The text is every UTF-8 ``.py`` file below the standard library (``test`` included, so that there is enough of it), in
 sorted order. A file is held out, as a whole, when the hash of its path says so: no line of it is ever trained on.

@@ -148,7 +148,9 @@ class Llama(nn.Module):
                 weights[f"model.layers.{i}.{name}.weight"] = torch.randn(size, generator=generator) * std
             for name in NORMS:
                 weights[f"model.layers.{i}.{name}.weight"] = torch.ones(s.hidden)
-        weights["model.embed_tokens.weight"] = torch.randn(s.vocab, s.hidden, generator=generator) * 0.1
+        # Tied embeddings start small: large ones would make every token predict itself.
+        std = 0.02 if s.tied else 0.1
+        weights["model.embed_tokens.weight"] = torch.randn(s.vocab, s.hidden, generator=generator) * std
         weights["model.norm.weight"] = torch.ones(s.hidden)
         if not s.tied:
             weights["lm_head.weight"] = torch.randn(s.vocab, s.hidden, generator=generator) * 0.005
@@ -203,6 +205,7 @@ def save_checkpoint(model: Llama, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: w.to(torch.bfloat16).contiguous() for name, w in model.checkpoint().items()}
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "model.safetensors").chmod(0o644)  # safetensors makes it private to its owner
     generation = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
     for name, content in (("config.json", model.shape.config()), ("generation_config.json", generation)):
         (directory / name).write_text(json.dumps(content, indent=2) + "\n")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Muon for hidden matrices and AdamW for the rest, with a warm-up / stable / decay schedule.
+"""Muon for hidden matrices and AdamW for the rest, with a schedule of a stable and a decaying part.
 
 Muon (Jordan et al., 2024, https://kellerjordan.github.io/posts/muon): the momentum of a matrix is replaced by the
 nearest semi-orthogonal matrix, found by a quintic Newton-Schulz iteration.
@@ -50,6 +50,6 @@ class Muon(torch.optim.Optimizer):
                     p.mul_(1 - group["lr"] * group["decay"]).add_(update, alpha=-group["lr"] * scale)
 
 
-def schedule(progress: float, decay: float, warmup: float = 0.01) -> float:
-    """Learning-rate factor at `progress` (0..1 of the run): linear warm-up, constant, linear decay to zero."""
-    return min(1.0, (progress + 1e-4) / warmup, max(0.0, 1.0 - progress) / decay if decay else 1.0)
+def schedule(progress: float, decay: float) -> float:
+    """Learning-rate factor at `progress` (0..1 of the run): 1, then linear to zero over the last `decay` of the run."""
+    return min(1.0, max(0.0, 1.0 - progress) / decay)

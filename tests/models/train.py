@@ -16,7 +16,9 @@ import random
 import shutil
 import signal
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +34,16 @@ EXIT_WEIGHT = 0.15
 EXIT_SHARE = 4  # every exit is trained on one position in four
 MAX_LAYER_DROPOUT = 0.1
 TARGET = Shape()
-DRAFT = Shape(hidden=96, layers=2, heads=3, kv_heads=3, intermediate=224, tied=True)
+
+
+@dataclass
+class Progress:
+    """How far a run has come."""
+
+    tokens: int = 0
+    window: int = 0
+    step: int = 0
+    seconds: float = 0.0
 
 
 class Batches:
@@ -88,7 +99,7 @@ def optimizers(model: Llama, muon_lr: float, adam_lr: float) -> list[torch.optim
     matrices = [w for name, w in model.weights.items() if "layers" in name and w.ndim == 2]
     embedding = model["model.embed_tokens.weight"]
     rest = [w for name, w in model.weights.items() if w is not embedding and not ("layers" in name and w.ndim == 2)]
-    groups = [{"params": [embedding], "lr": 2 * adam_lr}, {"params": rest}]
+    groups: list[dict[str, Any]] = [{"params": [embedding], "lr": 2 * adam_lr}, {"params": rest}]
     adam = torch.optim.AdamW(groups, lr=adam_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     return [Muon(matrices, lr=muon_lr), adam]
 
@@ -101,14 +112,14 @@ def train(args: argparse.Namespace, shape: Shape, exits: tuple[int, ...]) -> Non
     model = Llama(shape, torch.Generator().manual_seed(args.seed))
     opts = optimizers(model, args.muon_lr, args.adam_lr)
     base = [[g["lr"] for g in o.param_groups] for o in opts]
-    progress = {"tokens": 0, "window": 0, "step": 0, "seconds": 0.0}
+    progress = Progress()
     state_file = run / "state.pt"
     if state_file.exists():
         state = torch.load(state_file)
         model.load_state_dict(state["model"])
         for o, s in zip(opts, state["opts"], strict=True):
             o.load_state_dict(s)
-        progress = state["progress"]
+        progress = Progress(**state["progress"])
     if not args.no_compile:
         model.compile()
     batches = Batches(load_stream(args.workdir, "train"), args.seq, args.seed)
@@ -116,7 +127,7 @@ def train(args: argparse.Namespace, shape: Shape, exits: tuple[int, ...]) -> Non
     print(f"{sum(w.numel() for w in model.weights.values()):,} parameters, starting at {progress}", flush=True)
 
     def save() -> None:
-        state = {"model": model.state_dict(), "opts": [o.state_dict() for o in opts], "progress": progress}
+        state = {"model": model.state_dict(), "opts": [o.state_dict() for o in opts], "progress": asdict(progress)}
         torch.save(state, run / "state.tmp")
         (run / "state.tmp").replace(state_file)  # atomic: a kill leaves the old or the new state
         save_checkpoint(model, run / "export.tmp")
@@ -127,38 +138,37 @@ def train(args: argparse.Namespace, shape: Shape, exits: tuple[int, ...]) -> Non
     stop = []
     signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
     began = logged = saved = time.monotonic()
-    base_seconds, mean, since = progress["seconds"], None, 0
+    base_seconds, mean, since = progress.seconds, None, 0
     per_step = args.batch * args.accumulate * args.seq
-    while progress["tokens"] < args.tokens and not stop:
-        rng = random.Random(args.seed * 1_000_003 + progress["step"])
+    while progress.tokens < args.tokens and not stop:
+        rng = random.Random(args.seed * 1_000_003 + progress.step)
         values = torch.zeros(len(exits) + 1)
         for _ in range(args.accumulate):
-            losses = family_loss(model, *batches.take(progress["window"], args.batch), exits, rng)
+            losses = family_loss(model, *batches.take(progress.window, args.batch), exits, rng)
             (losses[-1] + EXIT_WEIGHT * sum(losses[:-1])).div(args.accumulate).backward()
             values += torch.tensor([x.item() for x in losses]) / args.accumulate
-            progress["window"] += args.batch
-        factor = schedule(progress["tokens"] / args.tokens, args.decay)
-        factor = min(factor, (progress["step"] + 1) / args.warmup)
+            progress.window += args.batch
+        factor = min(schedule(progress.tokens / args.tokens, args.decay), (progress.step + 1) / args.warmup)
         for o, rates in zip(opts, base, strict=True):
             for group, rate in zip(o.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
             o.step()
             o.zero_grad(set_to_none=True)
-        progress["tokens"] += per_step
-        progress["step"] += 1
+        progress.tokens += per_step
+        progress.step += 1
         since += per_step
         mean = values if mean is None else mean.lerp(values, 0.05)
         now = time.monotonic()
-        progress["seconds"] = base_seconds + now - began
+        progress.seconds = base_seconds + now - began
         if now - logged > args.log_every or args.verbose:
             shown = " ".join(f"{v:.3f}" for v in mean)
             print(
-                f"{time.strftime('%H:%M:%S')} step {progress['step']} tokens {progress['tokens']:,} "
+                f"{time.strftime('%H:%M:%S')} step {progress.step} tokens {progress.tokens:,} "
                 f"lr x{factor:.2f} loss {shown} {since / (now - logged):.0f} tok/s",
                 flush=True,
             )
             logged, since = now, 0
-        if now - saved > args.save_every or progress["step"] == args.first_save:
+        if now - saved > args.save_every or progress.step == args.first_save:
             save()
             if now - saved > args.save_every:
                 print(f"  held-out {heldout_loss(model, heldout, args.seq, 64):.4f}", flush=True)
