@@ -9,7 +9,7 @@ from typing import Any
 
 from vllm_spec_plugins.cpu import lane
 from vllm_spec_plugins.cpu.kernels.launch import NeedsGrid
-from vllm_spec_plugins.hook import ABSENT, Hook
+from vllm_spec_plugins.hook import ABSENT, Hook, apply
 
 ASYNC_VARIABLE = "VLLM_SPEC_CPU_ASYNC"
 
@@ -25,8 +25,17 @@ def _register_after(original: Callable[[Any], None]) -> Callable[[Any], None]:
     def register_triton_kernel_overrides(cls: Any) -> None:
         original(cls)
         lane.register()
+        apply(WORKER)
 
     return register_triton_kernel_overrides
+
+
+def _register_again(original: Callable[[Any], None]) -> Callable[[Any], None]:
+    def init_device(self: Any) -> None:
+        original(self)
+        lane.register()
+
+    return init_device
 
 
 def _getitem_with_grid(original: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
@@ -86,5 +95,16 @@ FAST_LANE: tuple[Hook, ...] = (
         signature="(self, grid)",
         upstream="goes when overrides can ask for the grid",
         replacement=_getitem_with_grid,
+    ),
+)
+
+# In worker processes only: the module of the target gives torch's CUDA names another meaning when it is imported.
+WORKER: tuple[Hook, ...] = (
+    Hook(
+        target="vllm.v1.worker.cpu_worker:CPUWorker.init_device",
+        why="the runner imports its speculator while it is made; kernels of that module get their versions then",
+        signature="(self)",
+        upstream="goes when vLLM's CPU platform registers versions of V2's kernels",
+        replacement=_register_again,
     ),
 )

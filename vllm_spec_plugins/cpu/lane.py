@@ -19,12 +19,6 @@ class UncoveredKernelError(NotImplementedError):
     """A kernel was launched that this lane has no version of."""
 
 
-def import_runner() -> None:
-    """Import the V2 runner, after the module that gives torch's CUDA names their CPU meaning: it must come first."""
-    importlib.import_module("vllm.v1.worker.cpu.shm")
-    importlib.import_module(f"{V2_RUNNER}.model_runner")
-
-
 def _is_jit(function: FunctionType) -> bool:
     """Whether a plain function stands under a `@triton.jit` that vLLM's placeholder made a no-op.
 
@@ -64,29 +58,28 @@ class Uncovered:
 
 
 def register() -> None:
-    """Give every V2 kernel its CPU version, and every other Triton function of the runner a sentence. Idempotent."""
+    """Give every V2 kernel its CPU version, and every other Triton function of the runner a sentence.
+
+    Idempotent. Sees imported modules only: call it again when the runner has imported what its settings ask for.
+    """
     from vllm.triton_utils.dispatcher import KernelOverride, register_kernels
 
-    import_runner()
-    pending = {}
-    uncovered: dict[int, Uncovered] = {}
-    for name, function in jit_functions():
-        if name in KERNELS:
-            pending[name] = KERNELS[name]
-        else:
-            uncovered[id(function)] = Uncovered(name, function)
-    missing = [name for name in KERNELS if name not in pending and not _is_registered(name, KernelOverride)]
-    if missing:
-        raise RuntimeError(f"vLLM has no kernel {missing[0]}: this package was made for another release")
+    # First of all: gives torch's CUDA names their meaning on the CPU, which the runner's modules then bind.
+    importlib.import_module("vllm.v1.worker.cpu.shm")
+    importlib.import_module(f"{V2_RUNNER}.model_runner")
+
+    functions = dict(jit_functions())
+    for name in KERNELS:
+        module, _, attribute = name.rpartition(".")
+        if module in sys.modules and name not in functions:
+            if not isinstance(getattr(sys.modules[module], attribute, None), KernelOverride):
+                raise RuntimeError(f"vLLM has no Triton kernel {name}: this package was made for another release")
+    pending = {name: KERNELS[name] for name in functions if name in KERNELS}
     if pending:
         register_kernels(pending)
+    uncovered = {id(function): Uncovered(name, function) for name, function in functions.items() if name not in KERNELS}
     for module_name, module in list(sys.modules.items()):
-        if module_name.startswith("vllm.v1."):
+        if uncovered and module_name.startswith("vllm.v1."):
             for attribute, value in list(vars(module).items()):
                 if isinstance(value, FunctionType) and id(value) in uncovered:
                     setattr(module, attribute, uncovered[id(value)])
-
-
-def _is_registered(name: str, override: type) -> bool:
-    module, _, attribute = name.rpartition(".")
-    return isinstance(getattr(sys.modules.get(module), attribute, None), override)

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from vllm_spec_plugins.cpu.kernels import blocks, inputs, sampling, speculation
+from vllm_spec_plugins.cpu.kernels import blocks, grammar, inputs, logprobs, penalties, rejection, sampling, speculation
 from vllm_spec_plugins.cpu.kernels.launch import NeedsGrid
 
 KERNELS: dict[str, Callable[..., None] | NeedsGrid] = {
-    name: replacement for area in (inputs, blocks, sampling, speculation) for name, replacement in area.KERNELS.items()
+    name: replacement
+    for area in (inputs, blocks, sampling, penalties, logprobs, grammar, speculation, rejection)
+    for name, replacement in area.KERNELS.items()
 }

@@ -110,3 +110,23 @@ def gumbel_noise(seeds: Array, positions: Array, vocab_size: int, drafting: bool
     if not fp64:
         return gumbel32(uniform32(low))
     return gumbel64(low, finish(hash_states(seeds, positions, _SECOND_WORD)[:, None], scrambled))
+
+
+def uniform_philox(seeds: Array, offsets: Array) -> Array:
+    """float32[n] in (0, 1): Triton's `tl.rand` (Philox 4x32, 10 rounds) of int64 seeds and offsets, never 0."""
+    key_low, key_high = _words(seeds)
+    counter = [*_words(offsets), np.zeros(len(seeds), dtype=np.uint32), np.zeros(len(seeds), dtype=np.uint32)]
+    for _ in range(10):
+        first = counter[0].astype(np.uint64) * np.uint64(0xD2511F53)
+        second = counter[2].astype(np.uint64) * np.uint64(0xCD9E8D57)
+        counter = [
+            (second >> np.uint64(32)).astype(np.uint32) ^ counter[1] ^ key_low,
+            second.astype(np.uint32),
+            (first >> np.uint64(32)).astype(np.uint32) ^ counter[3] ^ key_high,
+            first.astype(np.uint32),
+        ]
+        key_low, key_high = key_low + _U32(0x9E3779B9), key_high + _U32(0xBB67AE85)
+    signed = counter[0].view(np.int32)
+    magnitude = np.where(signed < 0, -signed - 1, signed).astype(np.float32)
+    uniform: Array = np.maximum(magnitude * np.float32(4.6566127342e-10), np.float32(4.6566127342e-10))
+    return uniform

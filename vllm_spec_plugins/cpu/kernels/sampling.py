@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from vllm_spec_plugins.cpu.kernels.noise import gumbel_noise
-from vllm_spec_plugins.cpu.kernels.views import float_rows
+from vllm_spec_plugins.cpu.kernels.views import block_argmax, float_rows
 
 Tensor = torch.Tensor
 
@@ -97,12 +97,9 @@ def gumbel_sample(
         positions = pos_ptr.numpy()[rows]
         logits[rows] = scores + gumbel_noise(seeds, positions, vocab_size, IS_DRAFTING, USE_FP64)
 
-    local_argmax, local_max = local_argmax_ptr.numpy(), local_max_ptr.numpy()
-    for block, begin in enumerate(range(0, vocab_size, BLOCK_SIZE)):
-        part = logits[:, begin : begin + BLOCK_SIZE]
-        best = part.argmax(axis=1)
-        local_argmax[:, block] = best + begin
-        local_max[:, block] = part[np.arange(len(part)), best]
+    best, largest = block_argmax(logits, BLOCK_SIZE)
+    local_argmax_ptr.numpy()[...] = best
+    local_max_ptr.numpy()[...] = largest
 
 
 _SAMPLE = "vllm.v1.worker.gpu.sample."

@@ -24,6 +24,13 @@ def spread(starts: Array, lengths: Array) -> Array:
     return np.repeat(starts - (ends - lengths), lengths) + np.arange(total)
 
 
+def listed(counts: Array) -> tuple[Array, Array]:
+    """Every pair (i, j) with j < counts[i], in order: two int64 arrays."""
+    most = int(counts.max(initial=0))
+    row, column = np.nonzero(np.arange(most) < counts[:, None])
+    return row, column
+
+
 @lru_cache(maxsize=256)
 def at_address(address: int, rows: int, columns: int) -> Array:
     """int32[rows, columns] at a raw address: what a kernel that gets pointers to tensors sees.
@@ -36,4 +43,16 @@ def at_address(address: int, rows: int, columns: int) -> Array:
 
 def float_rows(logits: torch.Tensor) -> Array:
     """Rows of logits for reading: a float32 view, or a float32 copy of a 16-bit tensor."""
-    return logits.detach().float().numpy()
+    rows: Array = logits.detach().float().numpy()
+    return rows
+
+
+def block_argmax(logits: Array, size: int) -> tuple[Array, Array]:
+    """Per block of `size` columns: the column of the first maximum, int64[n, B], and the maximum, [n, B]."""
+    best, largest = [], []
+    for begin in range(0, logits.shape[1], size):
+        part = logits[:, begin : begin + size]
+        column = part.argmax(axis=1)
+        best.append(column + begin)
+        largest.append(part[np.arange(len(part)), column])
+    return np.stack(best, axis=1), np.stack(largest, axis=1)

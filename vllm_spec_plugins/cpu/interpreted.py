@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The interpreted lane, for tests: vLLM's and this package's real Triton kernels under Triton's interpreter, slowly.
+
+    from vllm_spec_plugins.cpu import interpreted
+    interpreted.enable()  # before anything imports vllm
+
+An entry point for a "cpu" Triton backend would do the same for every process, but Triton does not skip it when it looks
+for the one active driver: it would break hosts that have a GPU. So it is done by hand, in the process that asks for it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+
+def enable() -> None:
+    """Turn the interpreter on in this process. Needs the triton package. Raises RuntimeError when it is too late."""
+    if os.environ.get("TRITON_INTERPRET") == "1" and _enabled():
+        return
+    late = [name for name in ("vllm.triton_utils", "vllm.platforms") if name in sys.modules]
+    if late:
+        raise RuntimeError(f"the interpreted lane must be enabled before vllm is imported, but {late[0]} is imported")
+    os.environ["TRITON_INTERPRET"] = "1"
+    from triton.backends import Backend, backends
+    from triton.backends.compiler import BaseBackend
+    from triton.backends.driver import DriverBase
+
+    class InterpretedDriver(DriverBase):
+        """What vLLM asks of the platform's driver before it uses Triton. Interpreted kernels need none to run."""
+
+        @staticmethod
+        def is_active() -> bool:
+            import torch
+
+            return not torch.cuda.is_available()
+
+        def map_python_to_cpp_type(self, ty: str) -> str:
+            raise NotImplementedError("the interpreter compiles nothing")
+
+        def get_current_target(self) -> Any:
+            raise NotImplementedError("the interpreter compiles nothing")
+
+        def get_active_torch_device(self) -> Any:
+            import torch
+
+            return torch.device("cpu")
+
+        def get_benchmarker(self) -> Any:
+            raise NotImplementedError("the interpreter is not for timing")
+
+    backends["cpu"] = Backend(BaseBackend, InterpretedDriver)
+
+
+def _enabled() -> bool:
+    triton_backends = sys.modules.get("triton.backends")
+    return triton_backends is not None and "cpu" in triton_backends.backends
