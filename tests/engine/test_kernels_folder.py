@@ -90,6 +90,7 @@ def test_the_vllm_command_starts_from_the_root_with_the_root_on_the_path() -> No
     assert done.stdout.strip().startswith("0.32.")
 
 
-def test_the_project_imports_its_kernels_from_the_folder() -> None:
+@pytest.mark.parametrize("path", [(), (ROOT,)], ids=["installed", "root on the path"])
+def test_the_project_imports_its_kernels_from_the_folder(path: tuple[Path, ...], tmp_path: Path) -> None:
     code = "import vllm_spec_plugins.kernels as k; print(k.__name__, k.__file__)"
-    assert run(code, ROOT) == f"vllm_spec_plugins.kernels {ROOT / 'kernels' / '__init__.py'}"
+    assert run(code, *path, cwd=tmp_path) == f"vllm_spec_plugins.kernels {ROOT / 'kernels' / '__init__.py'}"
