@@ -51,6 +51,41 @@ def enable() -> None:
             raise NotImplementedError("the interpreter is not for timing")
 
     backends["cpu"] = Backend(BaseBackend, InterpretedDriver)
+    _repair_interpreter()
+
+
+def _repair_interpreter() -> None:
+    """What Triton 3.9's interpreter lacks for vLLM's kernels: masks that are not plain bool arrays, two libdevice functions."""
+    import numpy as np
+    import triton.language as tl
+    import triton.language.extra.libdevice as libdevice
+    from triton.runtime import interpreter
+
+    builder = interpreter.InterpreterBuilder
+    load, store = builder.create_masked_load, builder.create_masked_store
+
+    def plain(mask: Any) -> Any:
+        return interpreter.TensorHandle(np.ascontiguousarray(mask.data, dtype=np.bool_), tl.int1)
+
+    def create_masked_load(self: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
+        return load(self, ptrs, plain(mask), *rest)
+
+    def create_masked_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        return store(self, ptrs, value, plain(mask), *rest)
+
+    builder.create_masked_load, builder.create_masked_store = create_masked_load, create_masked_store
+
+    def elementwise(function: Any, dtype: Any) -> Any:
+        def apply(value: Any) -> Any:
+            scalar = dtype or value.dtype
+            with np.errstate(invalid="ignore"):
+                handle = interpreter.TensorHandle(function(value.handle.data), scalar)
+            return tl.tensor(handle, tl.block_type(scalar, value.shape) if value.shape else scalar)
+
+        return apply
+
+    libdevice.log1p = elementwise(np.log1p, None)
+    libdevice.isnan = elementwise(np.isnan, tl.int1)
 
 
 def _enabled() -> bool:
