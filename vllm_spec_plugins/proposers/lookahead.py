@@ -1,28 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lookahead decoding (Fu et al., "Break the Sequential Dependency of LLM Inference Using Lookahead Decoding",
-arXiv 2402.02057, and prompt lookup decoding) as token trees."""
+"""Lookahead decoding and prompt lookup as token trees.
+
+Fu et al., "Break the Sequential Dependency of LLM Inference Using Lookahead Decoding", arXiv 2402.02057; prompt lookup
+after Saxena, "Prompt Lookup Decoding", 2023. The best tree under a budget is grown by chance of acceptance.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from vllm_spec_plugins.proposers.base import StepContext
 from vllm_spec_plugins.proposers.history import history_guesses
-from vllm_spec_plugins.tree.builders import trie
+from vllm_spec_plugins.proposers.pool import NgramPool
+from vllm_spec_plugins.proposers.window import LookaheadWindow
+from vllm_spec_plugins.tree.builders import append, trie
 from vllm_spec_plugins.tree.tree import TokenTree
 
 
 class LookaheadProposer:
-    """Guesses from the request's own text, merged into a trie under the last token.
+    """Guesses from the text and from a pool of n-grams, merged into a trie; the window that feeds the pool behind it.
+
+    The text is the request's own, prompt and answer so far. Pools are per request unless `shared_pool` is set: then
+    the texts of all requests show in each other's drafts, and so in their timing.
 
     Args:
         max_requests: R, rows of the per-request state.
         device: where the state lives.
-        window: columns of the lookahead window; 0 = prompt lookup only.
-        ngram: length of the n-grams; a guess is what follows the first token: ngram - 1 tokens.
-        guesses: most guesses verified per step.
-        nodes: most nodes that the guesses may take after merging; None = guesses * (ngram - 1).
-        match: longest suffix of the text that a guess from the text is looked up with.
+        window: columns of the lookahead window; 0 = none.
+        ngram: length of the pool's n-grams: a key and ngram - 1 tokens that followed it.
+        guesses: most guesses per step and source (text, pool).
+        nodes: most nodes that all guesses take together after merging; None = guesses * (ngram - 1).
+        draft_length: longest guess from the text; None = ngram - 1.
+        min_chance: a node is proposed only if its chance of being accepted is estimated to be at least this.
+        prompt_pool: guess from the text.
+        shared_pool: one pool for all requests, fed with what they emit (and with their windows).
+        pool_buckets: buckets of a pool, a power of two; NgramPool tells the memory.
+        eos_token_ids: replaced in the window, never in the output.
+
+    Raises:
+        ValueError: settings that leave nothing to draft from.
     """
 
     name = "lookahead"
@@ -34,25 +53,98 @@ class LookaheadProposer:
         device: torch.device | str = "cpu",
         window: int = 0,
         ngram: int = 5,
-        guesses: int = 7,
+        guesses: int = 4,
         nodes: int | None = None,
+        draft_length: int | None = None,
+        min_chance: float = 0.1,
         prompt_pool: bool = True,
         shared_pool: bool = False,
-        match: int = 3,
-        eos_token_ids: tuple[int, ...] = (),
+        pool_buckets: int = 512,
+        eos_token_ids: Sequence[int] = (),
     ) -> None:
+        if not (window or prompt_pool or shared_pool):
+            raise ValueError("window=0, prompt_pool=false and shared_pool=false leave nothing to draft from")
+        device = torch.device(device)
+        self.guesses, self.min_chance, self.prompt_pool = guesses, min_chance, prompt_pool
+        self.length = max(draft_length or ngram - 1, ngram - 1)
+        self.trie_nodes = guesses * (ngram - 1) if nodes is None else nodes
+        self.num_nodes, self.max_depth = self.trie_nodes, min(self.length, self.trie_nodes)
+        self.window: LookaheadWindow | None = None
+        self.pool: NgramPool | None = None
+        self.shared_pool = shared_pool
         if window:
-            raise NotImplementedError("window > 0 follows")
-        self.max_requests, self.device = max_requests, torch.device(device)
-        self.guesses, self.length, self.match = guesses, ngram - 1, match
-        self.num_nodes = guesses * self.length if nodes is None else nodes
-        self.max_depth = min(self.length, self.num_nodes)
+            self.window = LookaheadWindow(max_requests, window, ngram, eos_token_ids, device)
+            self.num_nodes += self.window.num_nodes
+            self.max_depth = max(self.max_depth, self.window.max_depth)
+        if window or shared_pool:
+            self.pool = NgramPool(1 if shared_pool else max_requests, pool_buckets, guesses, ngram, device)
 
     def add_request(self, slot: int, prompt_len: int) -> None:
-        """Nothing to forget: the text itself is the pool."""
+        """A new request in row `slot`: its window and its pool start empty."""
+        if self.window:
+            self.window.clear(slot)
+        if self.pool and not self.shared_pool:
+            self.pool.clear(slot)
 
     def propose(self, ctx: StepContext) -> TokenTree:
-        found = history_guesses(
-            ctx.token_ids, ctx.slots, ctx.lengths, ctx.max_length, self.match, self.guesses, self.length
-        )
-        return trie(found, self.num_nodes, ctx.budget)
+        """The trie of guesses, then the window if the budget has room for all of it."""
+        budget = self.num_nodes if ctx.budget is None else min(ctx.budget, self.num_nodes)
+        if self.window:
+            ngrams, real = self.window.advance(ctx)
+            self._store(ctx, ngrams, real)
+        if self.shared_pool:
+            self._store(ctx, *self._emitted_ngrams(ctx))
+        tree = self._guess(ctx, min(budget, self.trie_nodes))
+        if self.window is None:
+            return tree
+        if budget < self.num_nodes:
+            self.window.start[ctx.slots] = -1
+            return append(
+                tree, tree.tokens.new_full((len(ctx.slots), self.window.num_nodes), -1), self.window.parents, 0
+            )
+        self.window.start[ctx.slots] = tree.num_nodes
+        return append(tree, self.window.nodes(ctx.slots), self.window.parents, self.window.max_depth)
+
+    def _guess(self, ctx: StepContext, limit: int) -> TokenTree:
+        sources = []
+        if self.prompt_pool:
+            sources.append(
+                history_guesses(ctx.token_ids, ctx.slots, ctx.lengths, ctx.max_length, self.guesses, self.length)
+            )
+        if self.pool:
+            sources.append(self._from_pool(ctx))
+        if len(sources) == 1:
+            ngrams, chance = sources[0]
+        else:
+            ngrams, chance = (torch.cat(part, 1) for part in zip(*sources, strict=True))
+            order = chance[:, :, 0].argsort(dim=1, descending=True, stable=True).unsqueeze(2).expand_as(ngrams)
+            ngrams, chance = ngrams.gather(1, order), chance.gather(1, order)
+        return trie(ngrams, self.trie_nodes, limit, chance, self.min_chance)
+
+    def _from_pool(self, ctx: StepContext) -> tuple[Tensor, Tensor]:
+        """Pool n-grams that begin with the root, padded to [B, G, L], and their chances."""
+        assert self.pool is not None
+        root = ctx.token_ids[ctx.slots, ctx.lengths - 1].long()
+        rows = torch.zeros_like(ctx.slots) if self.shared_pool else ctx.slots
+        ngrams = self.pool.lookup(rows, root)
+        ngrams = torch.nn.functional.pad(ngrams, (0, self.length - ngrams.shape[2]), value=-1)
+        return ngrams, torch.full(ngrams.shape, 0.5, device=ngrams.device).masked_fill_(ngrams < 0, 0.0)
+
+    def _emitted_ngrams(self, ctx: StepContext) -> tuple[Tensor, Tensor]:
+        """N-grams that end in the tokens emitted last: [B, D + 1, ngram], newest first, and which of them are real."""
+        assert self.pool is not None
+        end = torch.arange(self.max_depth + 1, device=self.pool.entries.device)  # 0 = the newest token
+        back = end.unsqueeze(1) + torch.arange(self.pool.ngram - 1, -1, -1, device=end.device)
+        index = ctx.lengths.view(-1, 1, 1) - 1 - back
+        ngrams = ctx.token_ids[ctx.slots.view(-1, 1, 1), index.clamp(min=0)].long()
+        return ngrams, (end < ctx.num_emitted.view(-1, 1)) & (index[:, :, 0] >= 0)
+
+    def _store(self, ctx: StepContext, ngrams: Tensor, real: Tensor) -> None:
+        assert self.pool is not None
+        if not self.shared_pool:
+            self.pool.insert(ctx.slots, ngrams, real)
+            return
+        # One pool: the batch's n-grams in request order, a bounded number at a time.
+        row = torch.zeros(1, dtype=torch.int64, device=ngrams.device)
+        for part, valid in zip(ngrams.flatten(0, 1).split(256), real.flatten().split(256), strict=True):
+            self.pool.insert(row, part.unsqueeze(0), valid.unsqueeze(0))
