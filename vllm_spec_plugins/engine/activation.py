@@ -14,7 +14,7 @@ from vllm_spec_plugins.hook import apply, installed_vllm
 from vllm_spec_plugins.registry import method_of
 
 # Tells the processes of an engine that a plugin is on before they have its configuration.
-ACTIVE = "VLLM_SPEC_PLUGIN_ACTIVE"
+ACTIVE = "SPEC_PLUGINS_ACTIVE"
 
 
 def prepare(engine_args: Any, settings: Settings) -> None:

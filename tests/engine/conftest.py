@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engines in this process, on the trained tiny target, in float32."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Before vllm is imported: the engine core stays in this process, and its threads go where the system puts them.
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+MODELS = Path(__file__).parents[1] / "models"
+TARGET = MODELS / "target"
+
+
+@pytest.fixture(scope="session")
+def prompts() -> list[list[int]]:
+    """Prompts from held-out text as token ids, of different lengths."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(TARGET)
+    lines = (MODELS / "heldout_prompts.jsonl").read_text().splitlines()[:24]
+    texts = [json.loads(line) for line in lines]
+    return [tokenizer(text["prompt"])["input_ids"] for text in texts]
+
+
+@pytest.fixture(scope="session")
+def engine() -> Callable[..., Any]:
+    """Makes engines. They live as long as the process: shutting one down tears down what all of them share."""
+    made: list[Any] = []
+
+    def make(plugin: dict[str, Any] | None, **settings: Any) -> Any:
+        from vllm import LLM
+
+        defaults: dict[str, Any] = {
+            "dtype": "float32",
+            "enforce_eager": True,
+            "max_model_len": 384,
+            "max_num_seqs": 8,
+            "kv_cache_memory_bytes": 1 << 27,
+            "disable_log_stats": False,
+        }
+        made.append(LLM(str(TARGET), **(plugin or {}), **{**defaults, **settings}))
+        return made[-1]
+
+    return make
