@@ -52,9 +52,9 @@ def history_guesses(
 
     # Place p is found with as many tokens as equal the ending at p - 1, p - 2, ..: counted up to SEARCHED.
     found = torch.zeros(batch, span, dtype=torch.int32, device=device)
+    run = torch.ones(batch, span, dtype=torch.bool, device=device)
     for step in range(1, min(SEARCHED, span - 1) + 1):
-        equal = text[:, : span - step] == ending[:, step - 1 : step]
-        run = equal if step == 1 else run[:, 1:] & equal
+        run = run[:, 1:] & (text[:, : span - step] == ending[:, step - 1 : step])
         found[:, step:] += run
     place = _range(0, span, device)
     # The place behind the text is the ending itself.

@@ -16,7 +16,7 @@ from vllm_spec_plugins.proposers.base import StepContext
 from vllm_spec_plugins.proposers.history import history_guesses
 from vllm_spec_plugins.proposers.pool import NgramPool
 from vllm_spec_plugins.proposers.window import LookaheadWindow
-from vllm_spec_plugins.tree.builders import append, trie
+from vllm_spec_plugins.tree.builders import trie
 from vllm_spec_plugins.tree.tree import TokenTree
 
 
@@ -97,13 +97,7 @@ class LookaheadProposer:
         tree = self._guess(ctx, min(budget, self.trie_nodes))
         if self.window is None:
             return tree
-        if budget < self.num_nodes:
-            self.window.start[ctx.slots] = -1
-            return append(
-                tree, tree.tokens.new_full((len(ctx.slots), self.window.num_nodes), -1), self.window.parents, 0
-            )
-        self.window.start[ctx.slots] = tree.num_nodes
-        return append(tree, self.window.nodes(ctx.slots), self.window.parents, self.window.max_depth)
+        return self.window.append_to(tree, ctx.slots, fits=budget >= self.num_nodes)
 
     def _guess(self, ctx: StepContext, limit: int) -> TokenTree:
         sources = []

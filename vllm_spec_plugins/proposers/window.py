@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from vllm_spec_plugins.proposers.base import StepContext
+from vllm_spec_plugins.tree.builders import append
 from vllm_spec_plugins.tree.topology import lookahead_window
+from vllm_spec_plugins.tree.tree import TokenTree
 
 
 class LookaheadWindow:
@@ -90,8 +92,10 @@ class LookaheadWindow:
         self.level[slots] = (level + ran).clamp_(0, full).squeeze(1)
         return ngrams, whole.expand(-1, width)
 
-    def nodes(self, slots: Tensor) -> Tensor:
-        """[B, num_nodes] int64: the window's tokens without the root, -1 in rows that are not filled."""
-        tokens = self.cells[slots].flatten(1)[:, 1:]
-        filled = (self.level[slots] + 1) * self.window - 1
-        return tokens.masked_fill(self._cell.flatten()[: self.num_nodes] >= filled.unsqueeze(1), -1)
+    def append_to(self, tree: TokenTree, slots: Tensor, fits: bool) -> TokenTree:
+        """[B, T + num_nodes]: `tree` [B, T] and behind its nodes the windows of `slots`, or nothing if not `fits`."""
+        filled = (self.level[slots] + 1) * self.window - 1 if fits else torch.zeros_like(slots)
+        self.start[slots] = tree.num_nodes if fits else -1
+        absent = self._cell.flatten()[: self.num_nodes] >= filled.unsqueeze(1)
+        tokens = self.cells[slots].flatten(1)[:, 1:].masked_fill(absent, -1)
+        return append(tree, tokens, self.parents, self.max_depth)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """An engine in 100 lines: propose, verify by the walk, commit, against any next-token function.
 
-It batches, chunks prompts, cuts trees, hands freed slots to new requests and leaves garbage behind every text, as a real
-engine does; every row is verified by asking the target for the token after the row's own path.
+It batches, chunks prompts, cuts trees, hands freed slots to new requests and leaves garbage behind every text, as a
+real engine does; every row is verified by asking the target for the token after the row's own path.
 """
 
 from __future__ import annotations
@@ -178,8 +178,10 @@ def simulate(
 
 
 class MarkovTarget:
-    """A target whose next-token scores depend on the last `order` tokens. Greedy at temperature 0, else drawn with noise
-    keyed by (seed, position), as a seeded request's is."""
+    """A target whose next-token scores depend on the last `order` tokens.
+
+    Greedy at temperature 0, else drawn with noise keyed by (request, position), as a seeded request's is.
+    """
 
     def __init__(self, vocab: int, order: int, temperature: float, seed: int, scale: float = 2.0) -> None:
         self.vocab, self.order, self.temperature, self.seed = vocab, order, temperature, seed

@@ -28,7 +28,7 @@ def prompts(rng, count, vocab, longest=30):
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_the_text_is_that_of_plain_decoding(settings, temperature, rng):
-    """Several requests at a time, slots reused, prompts in chunks, trees cut, steps sat out, budgets that come and go."""
+    """Several requests, slots reused, prompts in chunks, trees cut, steps sat out, budgets that come and go."""
     vocab, eos = 14, 3
     seed = int(torch.randint(1 << 20, (1,), generator=rng))
     model = MarkovTarget(vocab, 2, temperature, seed)
