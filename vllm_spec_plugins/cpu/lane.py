@@ -14,18 +14,42 @@ from vllm_spec_plugins.cpu.kernels import KERNELS
 
 V2_RUNNER = "vllm.v1.worker.gpu"
 
+# What the lane does not do: module of the runner -> the feature whose kernels it holds.
+UNCOVERED = {
+    "cp_utils": "context parallelism",
+    "mm.rope": "models with multi-dimensional rotary positions",
+    "model_states.mamba_hybrid": "hybrid and Mamba models",
+    "model_states.prompt_embeds": "prompts given as embeddings",
+    "model_states.recoverssm": "hybrid and Mamba models",
+    "sample.batch_shard": "batch-sharded sampling",
+    "sample.watermark": "watermarking",
+    "spec_decode.acceptance_estimator": "adaptive verification",
+    "spec_decode.dflash": "DFlash drafters",
+    "spec_decode.dflash2": "DFlash drafters",
+    "spec_decode.multi_module_mtp": "multi-token-prediction drafters",
+}
+
 
 class UncoveredKernelError(NotImplementedError):
     """A kernel was launched that this lane has no version of."""
 
 
-def _is_jit(function: FunctionType) -> bool:
-    """Whether a plain function stands under a `@triton.jit` that vLLM's placeholder made a no-op.
+def feature_of(kernel: str) -> str | None:
+    """The feature that an uncovered kernel belongs to; None for one that UNCOVERED does not know."""
+    name = kernel.removeprefix(V2_RUNNER + ".")
+    return next((feature for module, feature in UNCOVERED.items() if name.startswith(module + ".")), None)
 
-    The first line of a decorated function's code is its first decorator.
-    """
+
+def _is_jit(function: FunctionType) -> bool:
+    """Whether a plain function stands under a `@triton.jit` that vLLM's placeholder made a no-op."""
     code = function.__code__
-    return linecache.getline(code.co_filename, code.co_firstlineno).lstrip().startswith("@triton.jit")
+    for number in range(code.co_firstlineno, code.co_firstlineno + 40):  # the first line is the first decorator's
+        line = linecache.getline(code.co_filename, number).strip()
+        if line.startswith("@triton.jit"):
+            return True
+        if line.startswith("def "):
+            break
+    return False
 
 
 def jit_functions() -> Iterator[tuple[str, Any]]:
@@ -46,9 +70,10 @@ class Uncovered:
         self.func = function
 
     def _refuse(self, *args: Any, **kwargs: Any) -> None:
+        feature = feature_of(self._name)
+        what = f"{feature} cannot be used" if feature else "what launches it cannot be used"
         raise UncoveredKernelError(
-            f"the Triton kernel {self._name} has no CPU version: the feature that launches it needs a GPU "
-            "(or --plugin removed, for vLLM's own CPU runner)"
+            f"{what} with --plugin on a CPU: vLLM's Triton kernel {self._name} has no version for it"
         )
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:

@@ -149,7 +149,7 @@ def compare(entry: Case, seed: int) -> str:
 
 def main(seed: int) -> None:
     importlib.import_module("vllm.v1.worker.cpu.shm")
-    for cases in ("inputs", "sampling", "rejection"):
+    for cases in ("inputs", "sampling", "rejection", "drafting"):
         importlib.import_module(f"tests.unit.cpu.parity_{cases}")
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills what torch.empty returns
     torch.utils.deterministic.fill_uninitialized_memory = True

@@ -18,7 +18,7 @@ from vllm_spec_plugins.cpu.kernels import KERNELS
 HERE = Path(__file__).parent
 CASES = [
     name
-    for area in ("inputs", "sampling", "rejection")
+    for area in ("inputs", "sampling", "rejection", "drafting")
     for name in re.findall(r"^def (\w+)\(draw: Draw\) -> tuple", (HERE / f"parity_{area}.py").read_text(), re.MULTILINE)
 ]
 

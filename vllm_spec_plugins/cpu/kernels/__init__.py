@@ -5,11 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from vllm_spec_plugins.cpu.kernels import blocks, grammar, inputs, logprobs, penalties, rejection, sampling, speculation
+from vllm_spec_plugins.cpu.kernels import blocks, drafting, grammar, inputs, logprobs, penalties, rejection, sampling, speculation
 from vllm_spec_plugins.cpu.kernels.launch import NeedsGrid
 
 KERNELS: dict[str, Callable[..., None] | NeedsGrid] = {
     name: replacement
-    for area in (inputs, blocks, sampling, penalties, logprobs, grammar, speculation, rejection)
+    for area in (inputs, blocks, sampling, penalties, logprobs, grammar, speculation, rejection, drafting)
     for name, replacement in area.KERNELS.items()
 }
