@@ -20,7 +20,7 @@ class SettingError(ValueError):
     """A setting that cannot be used; the message is the sentence a user reads."""
 
 
-def setting(default: Any, doc: str, *, least: int | None = None, most: int | None = None) -> Any:
+def setting(default: Any, doc: str, *, least: float | None = None, most: float | None = None) -> Any:
     """A field of a settings class: its default, one line for the documentation, its range (inclusive)."""
     return field(default=default, metadata={"doc": doc, "least": least, "most": most})
 
@@ -73,11 +73,18 @@ class LookaheadSettings(Settings):
 
     name: ClassVar[str] = "lookahead"
 
-    window: int = setting(0, "columns of the Jacobi window; 0: no window, n-grams come from the text alone", least=0, most=64)
+    window: int = setting(
+        0, "columns of the Jacobi window; 0: no window, n-grams come from the text alone", least=0, most=64
+    )
     ngram: int = setting(5, "length of the n-grams: the known token and ngram-1 guessed ones", least=2, most=16)
     guesses: int = setting(4, "n-grams verified per step, merged into one trie", least=1, most=32)
+    nodes: int = setting(0, "most tree nodes for the guesses of one step; 0: guesses * (ngram - 1)", least=0, most=128)
+    draft_length: int = setting(0, "longest guess from the text; 0: ngram - 1", least=0, most=32)
+    min_chance: float = setting(0.1, "a node is verified only if it is this likely to be accepted", least=0.0, most=1.0)
     prompt_pool: bool = setting(True, "look n-grams up in the prompt and in the text generated so far")
-    shared_pool: bool = setting(False, "one n-gram pool for all requests: their texts show in each other's drafts and timing")
+    shared_pool: bool = setting(
+        False, "one n-gram pool for all requests: their texts show in each other's drafts and timing"
+    )
 
     def check(self) -> None:
         if self.window == 0 and not self.prompt_pool and not self.shared_pool:
@@ -99,7 +106,9 @@ def parse_plugin(value: str | Mapping[str, Any], known: Mapping[str, type[Settin
     """
     name, given = _split(value)
     if name not in known:
-        raise SettingError(f"{FLAG} {name}: there is no plugin {name!r}{_hint(name, known)}; valid are {', '.join(known)}")
+        raise SettingError(
+            f"{FLAG} {name}: there is no plugin {name!r}{_hint(name, known)}; valid are {', '.join(known)}"
+        )
     return known[name].parse(given)
 
 
@@ -133,11 +142,16 @@ def _split(value: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 
 def _typed(plugin: str, key: str, value: Any, kind: type) -> Any:
     """`value` as `kind`: text is read, anything else must already be of that type."""
-    words = {int: "a whole number", bool: "true or false", str: "text"}
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     if isinstance(value, str) and kind is bool and value.lower() in ("true", "false"):
         return value.lower() == "true"
     if isinstance(value, str) and kind is int and value.removeprefix("-").isdecimal():
         return int(value)
+    if kind is float and type(value) in (str, int):
+        try:
+            return float(value)
+        except ValueError as error:
+            raise SettingError(f"{FLAG} {plugin}: {key}={value} is not {words[kind]}") from error
     if type(value) is not kind:
         raise SettingError(f"{FLAG} {plugin}: {key}={value} is not {words[kind]}")
     return value

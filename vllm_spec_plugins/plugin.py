@@ -23,7 +23,10 @@ def register() -> None:
     try:
         apply(FLAG_HOOKS)
     except HookMismatch as mismatch:
-        asked = any(argument.startswith(FLAG) for argument in sys.argv) or {ENVIRONMENT, activation.ACTIVE} & os.environ.keys()
+        asked = (
+            any(argument.startswith(FLAG) for argument in sys.argv)
+            or {ENVIRONMENT, activation.ACTIVE} & os.environ.keys()
+        )
         if asked:
             raise
         logging.getLogger(__name__).warning("vllm-spec-plugins stays idle: %s", mismatch)

@@ -31,15 +31,21 @@ class Method:
     """A named way to serve: its settings, what proposes trees, and what accepts from them.
 
     settings    validated settings class; carries the name
-    nodes       settings -> nodes per tree without the root; 0: no speculation
-    proposer    settings, surroundings -> Proposer; None when `nodes` is 0
+    proposer    settings, surroundings -> Proposer; None: no speculation
     rule        settings -> AcceptRule
     """
 
     settings: type[Settings]
-    nodes: Callable[[Any], int]
     proposer: Callable[[Any, Surroundings], Proposer] | None
     rule: Callable[[Any], AcceptRule]
+
+    def shape(self, settings: Settings) -> tuple[int, int]:
+        """Nodes per tree without the root, and the depth of the deepest; (0, 0) without speculation."""
+        if self.proposer is None:
+            return 0, 0
+        smallest = Surroundings(1, max_model_len=1, vocab_size=1, eos_token_ids=(), device=torch.device("cpu"))
+        proposer = self.proposer(settings, smallest)
+        return proposer.num_nodes, proposer.max_depth
 
 
 METHODS: dict[str, Method] = {}
@@ -51,8 +57,9 @@ def register(method: Method) -> None:
     name = settings.name
     if name in METHODS:
         raise ValueError(f"method {name!r} is registered already")
-    if method.nodes(settings) and method.proposer is None:
-        raise ValueError(f"method {name!r} has nodes to fill and no proposer")
+    nodes, depth = method.shape(settings)
+    if not 0 <= depth <= nodes:
+        raise ValueError(f"method {name!r} proposes {nodes} nodes down to depth {depth}")
     rule = method.rule(settings)
     if missing := [a for a in ("name", "lossless", "needs_target") if not hasattr(rule, a)]:
         raise ValueError(f"method {name!r}: its rule lacks {', '.join(missing)}")
@@ -66,20 +73,17 @@ def _lookahead(settings: LookaheadSettings, around: Surroundings) -> LookaheadPr
         window=settings.window,
         ngram=settings.ngram,
         guesses=settings.guesses,
+        nodes=settings.nodes or None,
+        draft_length=settings.draft_length or None,
+        min_chance=settings.min_chance,
         prompt_pool=settings.prompt_pool,
         shared_pool=settings.shared_pool,
         eos_token_ids=around.eos_token_ids,
     )
 
 
-def _lookahead_nodes(settings: LookaheadSettings) -> int:
-    """Window rows 0..ngram-2 of `window` columns, the root among them, and the guesses' tokens."""
-    in_window = settings.window * (settings.ngram - 1) - 1 if settings.window else 0
-    return in_window + settings.guesses * (settings.ngram - 1)
-
-
-register(Method(NoneSettings, nodes=lambda _: 0, proposer=None, rule=lambda _: Walk()))
-register(Method(LookaheadSettings, nodes=_lookahead_nodes, proposer=_lookahead, rule=lambda _: Walk()))
+register(Method(NoneSettings, proposer=None, rule=lambda _: Walk()))
+register(Method(LookaheadSettings, proposer=_lookahead, rule=lambda _: Walk()))
 
 
 def resolve(value: str | Mapping[str, Any]) -> Settings:

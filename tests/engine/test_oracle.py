@@ -27,6 +27,7 @@ FEATURES: list[dict[str, Any]] = [
     {"temperature": 0.0, "logprobs": 3},
     {"temperature": 0.9, "logprobs": 2, "min_tokens": 20},
     {"temperature": 0.0, "stop": ["(", "self"]},
+    {"temperature": 0.9, "stop_token_ids": list(range(260, 300))},
     {"temperature": 0.0, "allowed_token_ids": list(range(200, 1200))},
 ]
 
@@ -68,7 +69,9 @@ def reference(engine: Callable[..., Any], prompts: list[list[int]]) -> Reference
     llm = engine(vllm_spec_plugins.engine_args("none"))
     params = [sampling(FEATURES[i % len(FEATURES)], seed=i) for i in range(len(prompts))]
     outputs = run(llm, prompts, params)
-    assert any(output.finish_reason == "stop" for output in outputs), "no request stops early: the stop strings are unused"
+    assert any(output.finish_reason == "stop" for output in outputs), (
+        "no request stops early: the stop strings are unused"
+    )
     return Reference(prompts, params, [list(o.token_ids) for o in outputs], [o.logprobs for o in outputs])
 
 
@@ -132,7 +135,10 @@ def linear_positions(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("broken", [no_commit, causal_mask, linear_positions])
 def test_without_one_of_the_three_mechanisms_the_output_is_wrong(
-    tight: tuple[Any, Oracle], reference: Reference, broken: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+    tight: tuple[Any, Oracle],
+    reference: Reference,
+    broken: Callable[[pytest.MonkeyPatch], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     llm, oracle = tight
     oracle.prepare(reference.texts)

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import json
 import os
+from functools import lru_cache
 from typing import Any
 
-from vllm_spec_plugins import CONFIG_KEY
-from vllm_spec_plugins.config import Settings
+from vllm_spec_plugins import CONFIG_KEY, registry
+from vllm_spec_plugins.config import ENVIRONMENT, Settings
 from vllm_spec_plugins.engine import support
 from vllm_spec_plugins.engine.settings import speculative_config
 from vllm_spec_plugins.hook import apply, installed_vllm
@@ -20,13 +22,13 @@ ACTIVE = "SPEC_PLUGINS_ACTIVE"
 def prepare(engine_args: Any, settings: Settings) -> None:
     """Before the configuration is made: check the arguments, apply the hooks, ask for room for the drafts."""
     support.check_version(installed_vllm())
-    nodes = method_of(settings).nodes(settings)
+    nodes, _ = method_of(settings).shape(settings)
     own = speculative_config(nodes) if nodes else None
     if engine_args.speculative_config != own:  # the arguments of a restarted engine carry it already
         support.check_arguments(engine_args, settings)
     engine_args.additional_config = {**(engine_args.additional_config or {}), CONFIG_KEY: settings.as_dict()}
     engine_args.speculative_config = own
-    os.environ[ACTIVE] = settings.name
+    os.environ[ACTIVE] = json.dumps(settings.as_dict())
     install()
 
 
@@ -40,8 +42,21 @@ def clear() -> None:
     os.environ.pop(ACTIVE, None)
 
 
+@lru_cache(maxsize=8)
+def _depth_of(active: str) -> int | None:
+    settings = registry.resolve(active)
+    return method_of(settings).shape(settings)[1] or None
+
+
+def max_depth() -> int | None:
+    """Depth of the trees of the plugin that is on in this process; None: no plugin, or one without speculation."""
+    active = os.environ.get(ACTIVE)
+    return _depth_of(active) if active else None
+
+
 def install() -> None:
     """Apply the engine's hooks in this process; on a CPU the CPU lane too. Idempotent."""
+    from vllm import envs
     from vllm.platforms import current_platform
 
     from vllm_spec_plugins.engine.hooks import ENGINE_HOOKS
@@ -52,14 +67,14 @@ def install() -> None:
         cpu.install()
         _register_attention()
     apply(ENGINE_HOOKS)
+    # vLLM warns of environment variables with its prefix that it does not know.
+    envs.environment_variables.setdefault(ENVIRONMENT, lambda: os.environ.get(ENVIRONMENT))
 
 
 def _register_attention() -> None:
     from vllm.v1.attention import selector
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-    register_backend(
-        AttentionBackendEnum.CPU_ATTN, "vllm_spec_plugins.engine.attention.TreeAttentionBackend"
-    )
+    register_backend(AttentionBackendEnum.CPU_ATTN, "vllm_spec_plugins.engine.attention.TreeAttentionBackend")
     # An engine built earlier in this process has left vLLM's own choice in the cache.
     selector._cached_get_attn_backend.cache_clear()

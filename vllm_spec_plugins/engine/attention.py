@@ -103,7 +103,9 @@ def tree_rows(trees: StepTrees, common: CommonAttentionMetadata, block_size: int
     real = place < rows.unsqueeze(1)  # [T, S]
     row = torch.where(real, starts.unsqueeze(1) + place, starts.unsqueeze(1))
     if num_tokens != int(rows.sum()):
-        raise RuntimeError(f"{num_tokens} query rows for trees of {int(rows.sum())} rows: a request with drafts holds others")
+        raise RuntimeError(
+            f"{num_tokens} query rows for trees of {int(rows.sum())} rows: a request with drafts holds others"
+        )
 
     prefix = common.seq_lens[:count].long() - rows  # [T], tokens before the root
     num_blocks = max(1, -(-int(prefix.max()) // block_size))

@@ -27,7 +27,7 @@ def add_to(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         metavar="NAME[:KEY=VALUE,...]",
         help=f"Speculate with a plugin: {', '.join(registry.METHODS)}. Settings follow the name "
         f'("lookahead:guesses=4,ngram=5") or come as JSON (\'{{"name": "lookahead", "guesses": 4}}\'). '
-        f"\"none\" serves on the same runner without speculation. Also from the environment variable {ENVIRONMENT}.",
+        f'"none" serves on the same runner without speculation. Also from the environment variable {ENVIRONMENT}.',
     )
     return parser
 
@@ -45,7 +45,9 @@ def read(engine_args: Any, args: argparse.Namespace) -> Any:
     given = getattr(args, "plugin", None) or []
     if len(given) > 1:
         names = ", ".join(item["name"] for item in given)
-        raise SystemExit(f"vllm serve: error: {FLAG} is given {len(given)} times ({names}); this release runs one plugin")
+        raise SystemExit(
+            f"vllm serve: error: {FLAG} is given {len(given)} times ({names}); this release runs one plugin"
+        )
     if given:
         engine_args.additional_config = {**(engine_args.additional_config or {}), CONFIG_KEY: given[0]}
     return engine_args

@@ -13,7 +13,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from vllm_spec_plugins.engine import flag
+from vllm_spec_plugins.engine import activation, flag
 from vllm_spec_plugins.engine.settings import is_tree_method, settings_of
 from vllm_spec_plugins.hook import Hook
 
@@ -88,6 +88,29 @@ def _validate_spec_decode(original: Callable[[Any, Any], None]) -> Callable[[Any
     return _validate_spec_decode
 
 
+def _update_from_output(original: Callable[..., Any]) -> Callable[..., Any]:
+    def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
+        outputs = original(self, scheduler_output, model_runner_output)
+        if is_tree_method(self.vllm_config.speculative_config):
+            from vllm_spec_plugins.engine.metrics import count_steps_without_drafts
+
+            count_steps_without_drafts(self.num_spec_tokens, scheduler_output, outputs)
+        return outputs
+
+    return update_from_output
+
+
+def _observe(original: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
+    def observe(self: Any, spec_decoding_stats: Any) -> None:
+        original(self, spec_decoding_stats)
+        if (depth := activation.max_depth()) is not None:
+            from vllm_spec_plugins.engine.metrics import by_depth
+
+            self.accepted_tokens_per_pos_lists[-1] = by_depth(spec_decoding_stats, depth)
+
+    return observe
+
+
 FLAG_HOOKS: tuple[Hook, ...] = (
     Hook(
         target="vllm.engine.arg_utils:EngineArgs.add_cli_args",
@@ -147,5 +170,19 @@ ENGINE_HOOKS: tuple[Hook, ...] = (
         signature="(self, speculative_config)",
         upstream="goes when the check asks the sampler",
         replacement=_validate_spec_decode,
+    ),
+    Hook(
+        target="vllm.v1.core.sched.scheduler:Scheduler.update_from_output",
+        why="vLLM counts only steps with drafts, so the mean acceptance length would not be the tokens per step",
+        signature="(self, scheduler_output, model_runner_output)",
+        upstream="goes when steps without drafts are counted",
+        replacement=_update_from_output,
+    ),
+    Hook(
+        target="vllm.v1.spec_decode.metrics:SpecDecodingLogging.observe",
+        why="the log line lists a rate per draft token; for a tree that is a rate per depth, and there are fewer depths than nodes",
+        signature="(self, spec_decoding_stats)",
+        upstream="goes when a proposer can say how deep it drafts",
+        replacement=_observe,
     ),
 )

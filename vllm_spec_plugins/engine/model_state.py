@@ -19,9 +19,9 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_spec_plugins.engine import attention, kv
+from vllm_spec_plugins.engine.settings import settings_of
 from vllm_spec_plugins.engine.state import StepTrees, TreeState
 from vllm_spec_plugins.registry import method_of
-from vllm_spec_plugins.engine.settings import settings_of
 
 
 class TreeModelState(ModelState):

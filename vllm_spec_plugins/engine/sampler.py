@@ -49,7 +49,9 @@ class TreeVerifier:
         num_nans = get_num_nans(logits) if self.sampler.compute_nans else None
         sampled, processed = self._draw(logits, input_batch, trees, local)
 
-        drawn = torch.full((input_batch.num_reqs, tree.tokens.shape[1] + 1), -1, dtype=torch.int64, device=logits.device)
+        drawn = torch.full(
+            (input_batch.num_reqs, tree.tokens.shape[1] + 1), -1, dtype=torch.int64, device=logits.device
+        )
         drawn[trees.request, local] = sampled
         acceptance = self.rule(tree, drawn)
         self.state.verified = Verified(tree, drawn, acceptance)
@@ -70,9 +72,7 @@ class TreeVerifier:
             num_rejected=num_rejected,
         )
 
-    def _draw(
-        self, logits: Tensor, batch: InputBatch, trees: StepTrees, local: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _draw(self, logits: Tensor, batch: InputBatch, trees: StepTrees, local: Tensor) -> tuple[Tensor, Tensor]:
         """What plain decoding would draw at each row: the same processors, the same noise, keyed by the row's position.
 
         Returns the drawn tokens [L] int64 and the processed logits [L, V].

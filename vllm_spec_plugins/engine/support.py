@@ -34,7 +34,7 @@ def check_arguments(engine_args: Any, settings: Settings) -> None:
 
 def check_engine(config: VllmConfig, settings: Settings) -> None:
     """Raise SettingError when the model or the deployment is of a kind that is not supported."""
-    if method_of(settings).nodes(settings) == 0:
+    if method_of(settings).proposer is None:
         return
     for what, instead in _unsupported(config):
         raise SettingError(f"{FLAG} {settings.name}: {what} is not supported; {instead}")
