@@ -180,7 +180,7 @@ ENGINE_HOOKS: tuple[Hook, ...] = (
     ),
     Hook(
         target="vllm.v1.spec_decode.metrics:SpecDecodingLogging.observe",
-        why="the log line lists a rate per draft token; for a tree that is a rate per depth, and there are fewer depths than nodes",
+        why="the log line lists a rate per draft token; a tree has fewer depths than nodes",
         signature="(self, spec_decoding_stats)",
         upstream="goes when a proposer can say how deep it drafts",
         replacement=_observe,

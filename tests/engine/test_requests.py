@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lookahead on an engine beside plain decoding: grammars, several answers, metrics."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+import vllm_spec_plugins
+from tests.engine.oracle import Oracle
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 8},
+        "tags": {"type": "array", "items": {"enum": ["red", "green", "blue"]}, "minItems": 3, "maxItems": 5},
+        "size": {"type": "integer"},
+    },
+    "required": ["name", "tags", "size"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def plain(engine: Callable[..., Any]) -> Any:
+    return engine(vllm_spec_plugins.engine_args("none"))
+
+
+@pytest.fixture(scope="module")
+def lookahead(engine: Callable[..., Any], plain: Any) -> Any:
+    return engine(vllm_spec_plugins.engine_args("lookahead"))
+
+
+def tokens(llm: Any, prompts: list[list[int]], params: Any) -> list[list[int]]:
+    results = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
+    return [list(output.token_ids) for result in results for output in result.outputs]
+
+
+def counters(llm: Any) -> dict[str, float]:
+    return {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
+
+
+def test_grammar_constrained_requests_among_others_equal_plain_decodings(
+    plain: Any, lookahead: Any, prompts: list[list[int]]
+) -> None:
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    def params(i: int) -> Any:
+        constrained = StructuredOutputsParams(json=SCHEMA) if i % 2 == 0 else None
+        return SamplingParams(
+            max_tokens=64, temperature=0.0 if i % 4 < 2 else 0.7, seed=i, structured_outputs=constrained
+        )
+
+    every = [params(i) for i in range(12)]
+    expected = tokens(plain, prompts[:12], every)
+    assert tokens(lookahead, prompts[:12], every) == expected
+    tokenizer = plain.get_tokenizer()
+    complete = [tokenizer.decode(ids, skip_special_tokens=True) for ids in expected[::2] if len(ids) < 64]
+    for text in complete:
+        assert set(json.loads(text)) == {"name", "tags", "size"}
+
+
+def test_grammar_constrained_chains_are_speculated_on(
+    engine: Callable[..., Any], plain: Any, prompts: list[list[int]]
+) -> None:
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    params = SamplingParams(max_tokens=48, temperature=0.0, structured_outputs=StructuredOutputsParams(json=SCHEMA))
+    expected = tokens(plain, prompts[:6], params)
+    llm = engine(vllm_spec_plugins.engine_args("oracle"))
+    oracle = Oracle.instances[-1]
+    texts = [prompt + out for prompt, out in zip(prompts, expected, strict=False)]
+    for branching in (False, True):
+        oracle.prepare(texts, branching=branching)
+        assert tokens(llm, prompts[:6], params) == expected
+        if not branching:
+            assert oracle.accepted > sum(map(len, expected)) / 2
+
+
+def test_several_seeded_answers_per_prompt_equal_plain_decodings(
+    plain: Any, lookahead: Any, prompts: list[list[int]]
+) -> None:
+    from vllm import SamplingParams
+
+    params = SamplingParams(n=3, max_tokens=32, temperature=0.8, top_p=0.9, seed=11)
+    assert tokens(lookahead, prompts[:4], params) == tokens(plain, prompts[:4], params)
+
+
+def test_prompt_logprobs_equal_plain_decodings(plain: Any, lookahead: Any, prompts: list[list[int]]) -> None:
+    from vllm import SamplingParams
+
+    params = SamplingParams(max_tokens=8, temperature=0.0, prompt_logprobs=2)
+    request = [{"prompt_token_ids": prompt} for prompt in prompts[:3]]
+    theirs = plain.generate(request, params, use_tqdm=False)
+    ours = lookahead.generate(request, params, use_tqdm=False)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.outputs[0].token_ids == other.outputs[0].token_ids
+        for a, b in zip(mine.prompt_logprobs[1:], other.prompt_logprobs[1:], strict=True):
+            assert a.keys() == b.keys()
+            assert all(a[token].logprob == pytest.approx(b[token].logprob, abs=1e-4) for token in a)
+
+
+def test_mean_acceptance_length_is_tokens_per_target_step(
+    engine: Callable[..., Any], prompts: list[list[int]]
+) -> None:
+    """Steps without drafts count: 1 + accepted / drafts is what a request gets from one pass of the model."""
+    from vllm import SamplingParams
+
+    llm = engine(vllm_spec_plugins.engine_args("lookahead"))
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    before, steps = counters(llm), scheduler.current_step
+    out = tokens(llm, prompts[:1], SamplingParams(max_tokens=96, temperature=0.0, ignore_eos=True))[0]
+    after, steps = counters(llm), scheduler.current_step - steps
+    drafts, accepted = (
+        after[name] - before.get(name, 0.0)
+        for name in ("vllm:spec_decode_num_drafts", "vllm:spec_decode_num_accepted_tokens")
+    )
+    decode_steps = steps - 1  # the first step computes the prompt and gives one token
+    assert drafts == decode_steps
+    # The last path may be cut by max_tokens: what it accepted beyond is counted, and not in the output.
+    assert 0 <= accepted + drafts + 1 - len(out) <= 4
