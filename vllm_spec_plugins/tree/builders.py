@@ -7,6 +7,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from vllm_spec_plugins.tree.tree import TokenTree
 
@@ -22,39 +23,42 @@ def chain(tokens: Tensor) -> TokenTree:
 
 
 def trie(
-    ngrams: Tensor, nodes: int, limit: int | None = None, chance: Tensor | None = None, least: float = 0.0
+    ngrams: Tensor, nodes: int, limit: int | None = None, odds: Tensor | None = None, least: float = 0.0
 ) -> TokenTree:
     """Merge n-grams that may follow the root into one tree, sharing equal prefixes.
 
     Node (g, l) is kept when no earlier n-gram has the same first l + 1 tokens. N-gram-major order is
-    ancestors-first. Without `chance`, what exceeds the budget is cut from the last n-grams: put the best first. With
-    it, the tree is the best one under the budget: the nodes with the largest product of chances along their paths,
-    each chance being reduced by those of the siblings before it, and none below `least`.
+    ancestors-first. Without `odds`, what exceeds the budget is cut from the last n-grams. With them, the tree is the
+    best one under the budget: the nodes with the largest chance to be accepted, none below `least`.
+
+    N-grams are taken for independent evidence: of those that agree on everything before a place, each token gets its
+    share of the odds, sum(odds of the n-grams that have it) / (1 + sum(odds of all)). A node's chance is the product
+    along its path.
 
     Args:
         ngrams: [B, G, L] int64, -1 behind the end of a shorter n-gram.
         nodes: N, the shape of the result.
         limit: at most this many nodes are present; None = `nodes`.
-        chance: [B, G, L] float below 1: that the token is the target's draw, given that those before it are.
-        least: a node's product must reach this.
+        odds: [B, G, L] float, c / (1 - c) with c the chance that the token is right if those before it are.
+        least: the smallest chance worth a node.
     """
     batch, count, length = ngrams.shape
     cap = nodes if limit is None else min(limit, nodes)
     same = (ngrams.unsqueeze(2) == ngrams.unsqueeze(1)).cumprod(-1)  # [B, G, G, L]: equal up to and including l
     first = same.argmax(2)  # [B, G, L]: the n-gram that owns the node (itself at the latest)
-    owner = (first == _column(count, ngrams.device)) & (ngrams >= 0)
-    kept = owner
-    if chance is not None and cap > 0:
-        product = _path_chance(chance * owner, same, first).masked_fill(~owner, -1.0)
+    exists = ngrams >= 0
+    kept = exists & (first == _column(count, ngrams.device))
+    if odds is not None and cap > 0:
+        chance = _path_chance(odds * exists, same).masked_fill(~kept, -1.0)
         if count * length > cap:
-            worst = product.view(batch, -1).topk(cap, 1).values[:, -1].clamp(min=least).view(batch, 1, 1)
-            kept = product >= worst
+            least_kept = chance.view(batch, -1).topk(cap, 1).values[:, -1].clamp(min=least).view(batch, 1, 1)
+            kept = chance >= least_kept
         else:
-            kept = product >= least
+            kept = chance >= least
     row = kept.view(batch, -1).cumsum(1)  # [B, G * L]: row of a kept node
     # Row of the prefix that ends at (g, l), looked up at its owner; the parent of (g, l + 1).
     prefix_row = row.view(batch, count, length).gather(1, first)
-    parents = torch.nn.functional.pad(prefix_row[:, :, :-1], (1, 0)).view(batch, -1)
+    parents = pad(prefix_row[:, :, :-1], (1, 0)).view(batch, -1)
     place = (row - 1).masked_fill(~kept.view(batch, -1) | (row > cap), nodes)  # column `nodes` is cut off
     out = ngrams.new_zeros(2, batch, nodes + 1)
     out[0].fill_(-1)
@@ -67,23 +71,12 @@ def _column(count: int, device: torch.device) -> Tensor:
     return torch.arange(count, device=device).view(1, count, 1)
 
 
-@lru_cache(maxsize=32)
-def _before(count: int, device: torch.device) -> Tensor:
-    """[1, G, G, 1]: 1 where the second n-gram comes before the first."""
-    return torch.ones(count, count, device=device).tril(-1).view(1, count, count, 1)
-
-
-def _path_chance(chance: Tensor, same: Tensor, first: Tensor) -> Tensor:
-    """[B, G, L]: product of chances from the root to each node; siblings share what those before them leave.
-
-    Args:
-        chance: [B, G, L], 0 where the n-gram does not own the node.
-        same, first: as in `trie`.
-    """
-    # Owned by an earlier n-gram and below the same parent, the prefix before l.
-    sibling = torch.nn.functional.pad(same[..., :-1], (1, 0), value=1) * _before(same.shape[1], same.device)
-    taken = (sibling * chance.unsqueeze(1)).sum(2)
-    return (chance * (1 - taken).clamp_(min=0)).gather(1, first).cumprod(-1)
+def _path_chance(odds: Tensor, same: Tensor) -> Tensor:
+    """[B, G, L]: the chance that the whole of each prefix is right; `odds` and `same` as in `trie`."""
+    odds = odds.unsqueeze(1)
+    agree = (same * odds).sum(2)
+    siblings = (pad(same[..., :-1], (1, 0), value=1) * odds).sum(2)
+    return (agree / (1 + siblings)).cumprod(-1)
 
 
 def append(first: TokenTree, tokens: Tensor, parents: Tensor, max_depth: int) -> TokenTree:
@@ -103,7 +96,7 @@ def append(first: TokenTree, tokens: Tensor, parents: Tensor, max_depth: int) ->
     place = start + torch.arange(width, device=tokens.device)
     moved = (parents + start * (parents > 0)).masked_fill(tokens < 0, 0)
     return TokenTree(
-        torch.nn.functional.pad(first.tokens, (0, width), value=-1).scatter_(1, place, tokens),
-        torch.nn.functional.pad(first.parents, (0, width)).scatter_(1, place, moved),
+        pad(first.tokens, (0, width), value=-1).scatter_(1, place, tokens),
+        pad(first.parents, (0, width)).scatter_(1, place, moved),
         max(first.max_depth, max_depth),
     )
