@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine's parts on their own: tree attention, K/V commit, chain layout, support checks, hooks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from vllm_spec_plugins.tree.accept import Acceptance
+from vllm_spec_plugins.tree.tree import TokenTree
+
+
+def random_tree(batch: int, nodes: int, generator: torch.Generator) -> TokenTree:
+    parents = torch.stack([torch.randint(j + 1, (batch,), generator=generator) for j in range(nodes)], 1)
+    return TokenTree(torch.randint(50, (batch, nodes), generator=generator), parents)
+
+
+@pytest.mark.parametrize("soft_cap", [0.0, 20.0])
+@pytest.mark.parametrize(("heads", "groups", "dim"), [(8, 4, 32), (4, 4, 64), (6, 1, 80)])
+def test_tree_attention_equals_dense_attention_over_prefix_ancestors_and_self(
+    heads: int, groups: int, dim: int, soft_cap: float, seed: int
+) -> None:
+    from vllm_spec_plugins.engine import attention
+    from vllm_spec_plugins.engine.state import StepTrees
+
+    generator = torch.Generator().manual_seed(seed)
+    size, nodes = 32, 9
+    prefix = torch.tensor([0, 5, 64, 70])
+    drafts = np.array([9, 4, 1, 7])
+    count = len(drafts)
+    tree = random_tree(count, nodes, generator).truncate(torch.from_numpy(drafts))
+    rows = drafts + 1
+    trees = StepTrees(tree, rows.astype(np.int64), count, torch.from_numpy(np.repeat(np.arange(count), rows)), True)
+
+    blocks = 1 + torch.randperm(15, generator=generator)[: count * 3].view(count, 3)
+    cache = torch.randn(16, groups, size, 2 * dim, generator=generator)  # poisoned: random where nothing was written
+    keys = torch.randn(count, 128, groups, dim, generator=generator)
+    values = torch.randn(count, 128, groups, dim, generator=generator)
+    for b in range(count):
+        for position in range(int(prefix[b])):
+            block, offset = int(blocks[b, position // size]), position % size
+            attention.key_blocks(cache)[block, :, :, offset] = keys[b, position]
+            attention.value_blocks(cache)[block, :, offset] = values[b, position]
+
+    class Common:
+        query_start_loc = torch.tensor([0, *np.cumsum(rows)], dtype=torch.int32)
+        seq_lens = (prefix + torch.from_numpy(rows)).int()
+        block_table_tensor = blocks.int()
+
+    meta: Any = Common()
+    laid = attention.tree_rows(trees, meta, size)
+    total = int(rows.sum())
+    query = torch.randn(total, heads, dim, generator=generator)
+    key = torch.cat([keys[b, prefix[b] : prefix[b] + rows[b]] for b in range(count)])
+    value = torch.cat([values[b, prefix[b] : prefix[b] + rows[b]] for b in range(count)])
+    found = attention.attend_tree(query, key, value, cache, laid, dim**-0.5, soft_cap)
+
+    start = 0
+    for b in range(count):
+        length = int(prefix[b] + rows[b])
+        sees = torch.zeros(rows[b], length, dtype=torch.bool)
+        sees[:, : prefix[b]] = True
+        sees[:, prefix[b] :] = tree.ancestors()[b, : rows[b], : rows[b]]
+        k = keys[b, :length].repeat_interleave(heads // groups, 1)
+        v = values[b, :length].repeat_interleave(heads // groups, 1)
+        scores = torch.einsum("rhd,lhd->hrl", query[start : start + rows[b]], k) * dim**-0.5
+        if soft_cap:
+            scores = soft_cap * torch.tanh(scores / soft_cap)
+        weights = scores.masked_fill(~sees, float("-inf")).softmax(-1)
+        expected = torch.einsum("hrl,lhd->rhd", weights, v)
+        torch.testing.assert_close(found[start : start + rows[b]], expected, rtol=1e-4, atol=1e-5)
+        start += int(rows[b])
+
+
+def test_the_layout_check_passes_for_what_is_read_and_refuses_another_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_spec_plugins.engine import attention
+
+    attention.check_layout("vec", 32, 4, 32, torch.float32)
+    attention.check_layout("vec", 128, 2, 64, torch.bfloat16)
+    attention.check_layout("vec16", 64, 2, 80, torch.float32)
+    monkeypatch.setattr(attention, "key_blocks", lambda cache: attention.value_blocks(cache).transpose(2, 3))
+    with pytest.raises(RuntimeError, match=r"K/V cache layout of this CPU \(vec, torch.float32, blocks of 32\)"):
+        attention.check_layout("vec", 32, 4, 32, torch.float32)
+
+
+def test_commit_reads_every_source_before_it_writes(seed: int) -> None:
+    from vllm_spec_plugins.engine import kv
+    from vllm_spec_plugins.engine.attention import key_blocks, value_blocks
+
+    generator = torch.Generator().manual_seed(seed)
+    cache = torch.randn(6, 2, 32, 16, generator=generator)
+    before = cache.clone()
+    # Request 0 sits across a block border: root at position 30, nodes in rows 1..5; request 1 accepts nothing.
+    table = torch.tensor([[4, 2], [1, 3]], dtype=torch.int32)
+    path = torch.tensor([[2, 3, 5], [0, 0, 0]])
+    acceptance = Acceptance(path, torch.tensor([3, 0]), torch.empty(0), torch.empty(0))
+    request, source, target = kv.moves(acceptance, torch.tensor([30, 10]))
+    assert source.tolist() == [32, 33, 35]
+    assert target.tolist() == [31, 32, 33]
+    kv.commit([cache], table[request], 32, source, target)
+
+    def slot(position: int) -> tuple[int, int]:
+        return (4, position) if position < 32 else (2, position - 32)
+
+    for read, write in zip(source.tolist(), target.tolist(), strict=True):
+        (from_block, from_offset), (to_block, to_offset) = slot(read), slot(write)
+        assert torch.equal(
+            key_blocks(cache)[to_block, :, :, to_offset], key_blocks(before)[from_block, :, :, from_offset]
+        )
+        assert torch.equal(
+            value_blocks(cache)[to_block, :, to_offset], value_blocks(before)[from_block, :, from_offset]
+        )
+    untouched = [block for block in range(6) if block not in (2, 4)]
+    assert torch.equal(cache[untouched], before[untouched])
+
+
+def test_a_path_along_the_row_order_moves_nothing() -> None:
+    from vllm_spec_plugins.engine import kv
+
+    acceptance = Acceptance(torch.tensor([[1, 2, 3]]), torch.tensor([2]), torch.empty(0), torch.empty(0))
+    request, _, _ = kv.moves(acceptance, torch.tensor([7]))
+    assert len(request) == 0
+
+
+def test_chain_layout_spells_every_rows_path(seed: int) -> None:
+    from vllm_spec_plugins.engine.sampler import chain_layout
+    from vllm_spec_plugins.engine.state import StepTrees
+
+    generator = torch.Generator().manual_seed(seed)
+    drafts = np.array([6, 0, 3])
+    rows = (drafts + 1).astype(np.int64)
+    tree = random_tree(3, 6, generator).truncate(torch.from_numpy(drafts))
+    request = torch.from_numpy(np.repeat(np.arange(3), rows))
+    starts = torch.tensor([0, *np.cumsum(rows)])
+    local = torch.arange(int(rows.sum())) - starts[:-1][request]
+    line, keep, depth = chain_layout(StepTrees(tree, rows, 3, request, True), starts, local)
+    for row in range(int(rows.sum())):
+        b, at = int(request[row]), int(local[row])
+        path = [at]
+        while path[0]:
+            path.insert(0, int(tree.parents[b, path[0] - 1]))
+        end = int(keep[row])
+        begin = end - int(depth[end])
+        assert depth[begin : end + 1].tolist() == list(range(len(path)))
+        assert line[begin : end + 1].tolist() == [int(starts[b]) + step for step in path]
+
+
+def test_hooks_fit_the_installed_vllm_and_refuse_another_shape() -> None:
+    import dataclasses
+
+    from vllm_spec_plugins import hook
+    from vllm_spec_plugins.engine.hooks import ENGINE_HOOKS, FLAG_HOOKS
+
+    assert len({h.target for h in FLAG_HOOKS + ENGINE_HOOKS}) == len(FLAG_HOOKS + ENGINE_HOOKS)
+    for entry in FLAG_HOOKS + ENGINE_HOOKS:
+        assert entry.why and entry.upstream and entry.signature
+    changed = dataclasses.replace(ENGINE_HOOKS[1], target="vllm.v1.worker.gpu.states:RequestState.add_request")
+    with pytest.raises(hook.HookMismatch, match=r"expects \(vllm_config, device, req_states\) as in vLLM 0\.32\.0"):
+        hook.apply([changed])
+
+
+@pytest.mark.parametrize("version", ["0.31.4", "0.33.0", "1.0.0"])
+def test_an_untested_vllm_is_refused_naming_both_versions(version: str) -> None:
+    from vllm_spec_plugins.config import SettingError
+    from vllm_spec_plugins.engine.support import check_version
+
+    check_version("0.32.0+cpu")
+    check_version("0.32.1")
+    with pytest.raises(SettingError, match=rf"works with vLLM 0\.32\.\*, but vLLM {version} is installed"):
+        check_version(version)
