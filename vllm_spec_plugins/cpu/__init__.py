@@ -20,12 +20,17 @@ def install(*, async_scheduling: bool | None = None) -> None:
     """
     from vllm.triton_utils import HAS_TRITON
 
-    from vllm_spec_plugins.cpu.hooks import ASYNC_VARIABLE, FAST_LANE, HOOKS
+    from vllm_spec_plugins.cpu.hooks import ASYNC_VARIABLE, FAST_LANE, HOOKS, INTERPRETED
     from vllm_spec_plugins.hook import apply
 
     if os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "1").strip().lower() in ("0", "false"):
         raise RuntimeError("VLLM_USE_V2_MODEL_RUNNER=0 contradicts --plugin, which runs on vLLM's V2 runner: unset it")
-    apply(HOOKS if HAS_TRITON else HOOKS + FAST_LANE)
+    if not HAS_TRITON:
+        apply(HOOKS + FAST_LANE)
+    elif os.environ.get("TRITON_INTERPRET") == "1":
+        apply(HOOKS + INTERPRETED)
+    else:  # a Triton that compiles for the CPU: vLLM's own kernels run
+        apply(HOOKS)
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
     if async_scheduling is not None:
         os.environ[ASYNC_VARIABLE] = "1" if async_scheduling else "0"

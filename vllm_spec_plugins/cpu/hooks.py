@@ -98,6 +98,17 @@ FAST_LANE: tuple[Hook, ...] = (
     ),
 )
 
+# Under Triton's interpreter only.
+INTERPRETED: tuple[Hook, ...] = (
+    Hook(
+        target="vllm.v1.sample.ops.topk_topp_sampler:HAS_TRITON",
+        why="the interpreter cannot run the top-k and top-p kernels: vLLM's torch version takes their place",
+        signature="bool",
+        upstream="stays: for tests only",
+        replacement=lambda _: False,
+    ),
+)
+
 # In worker processes only: the module of the target gives torch's CUDA names another meaning when it is imported.
 WORKER: tuple[Hook, ...] = (
     Hook(
@@ -106,5 +117,12 @@ WORKER: tuple[Hook, ...] = (
         signature="(self)",
         upstream="goes when vLLM's CPU platform registers versions of V2's kernels",
         replacement=_register_again,
+    ),
+    Hook(
+        target="vllm.v1.worker.gpu.spec_decode.ngram.speculator:HAS_TRITON",
+        why="vLLM's own n-gram speculator asks for Triton; its kernels have versions here",
+        signature="bool",
+        upstream="goes when the check asks for registered kernels instead of for Triton",
+        replacement=lambda _: True,
     ),
 )
