@@ -60,8 +60,7 @@ class Batch:
 
     def same_as(self, other: Batch) -> int:
         """How many completions equal the other's, token for token."""
-        pairs = zip(self.replies, other.replies, strict=True)
-        return sum(mine.token_ids == theirs.token_ids and mine.finish_reason == theirs.finish_reason for mine, theirs in pairs)
+        return sum(mine == theirs for mine, theirs in zip(self.replies, other.replies, strict=True))
 
 
 def load_prompts(path: Path, count: int) -> list[str]:
@@ -93,7 +92,7 @@ def send(
     received = sum(len(reply.token_ids) for reply in replies)
     counters = server.counters() - before
     if counters.generated != received:
-        raise ServerError(f"server {server.name} counted {counters.generated} tokens and sent {received}: is it shared?")
+        raise ServerError(f"server {server.name} counted {counters.generated} tokens and sent {received}")
     return Batch(tuple(replies), seconds, counters)
 
 

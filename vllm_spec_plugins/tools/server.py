@@ -23,7 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 # The name that requests use, whatever the checkpoint is called.
 MODEL = "target"
 
-# Seconds a server may take to serve (imports and compilation on a busy machine), to stop, and to answer its health check.
+# Seconds: until a server serves (imports, compilation, a busy machine), until it has stopped, for a health check.
 START, STOP, ANSWER = 600.0, 20.0, 5.0
 
 TAIL_LINES = 25
@@ -41,8 +41,9 @@ class Counters:
         generated: tokens that requests received.
         steps: target-model passes that gave a request tokens, summed over requests: the pass that ends its prompt and
             every decoding pass. Eight requests in one batch make eight.
-        drafts: steps that verified drafts. draft_tokens, accepted: draft tokens verified and accepted (vLLM's counts; at a
-            request's end tokens are accepted that it no longer receives).
+        drafts: steps that verified drafts.
+        draft_tokens, accepted: drafts verified and accepted. At a request's end tokens are accepted that it no longer
+            receives, so generated - accepted would be fewer than the steps.
     """
 
     generated: int = 0
