@@ -2,7 +2,7 @@
 """Forget every distribution whose installation did not finish, so that pip installs it again.
 
 pip unpacks a wheel, then writes INSTALLER and RECORD; it goes by the metadata alone when it says "already satisfied".
-A distribution without INSTALLER, or with a recorded file that is missing or of another size, is therefore one that an
+A distribution without one of them, or with a recorded file that is missing or of another size, is therefore one that an
 interruption left half-made. Run inside the virtual environment by the set-up.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 
 def is_whole(dist: Distribution) -> bool:
     """Whether pip finished this installation and its files are still there."""
-    if dist.read_text("INSTALLER") is None:
+    if dist.read_text("INSTALLER") is None or dist.read_text("RECORD") is None:
         return False
     for file in dist.files or []:
         if file.suffix == ".pyc":
@@ -30,7 +30,7 @@ def is_whole(dist: Distribution) -> bool:
 def main() -> None:
     site = Path(sysconfig.get_path("purelib"))
     for leftover in site.glob("~*"):  # what pip had set aside when it was stopped in an upgrade
-        shutil.rmtree(leftover)
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     for dist in list(distributions(path=[str(site)])):
         folder = site / f"{getattr(dist, '_path', '')}"
         if folder.suffix == ".dist-info" and not is_whole(dist):
