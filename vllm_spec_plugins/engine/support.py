@@ -57,6 +57,8 @@ def _unsupported(config: VllmConfig) -> Iterator[tuple[str, str]]:
         yield f"a model with sliding-window attention ({name})", without
     if model.uses_mrope:
         yield f"a model with multi-dimensional rotary positions ({name})", without
+    if model.is_multimodal_model:
+        yield f"a multimodal model ({name})", without
     if model.is_diffusion:
         yield f"a diffusion model ({name})", without
     if _uses_alibi(model.hf_text_config):

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two tensor-parallel ranks in processes of their own: prints what a plugin generates. Run by test_parallel.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+MODELS = Path(__file__).parents[1] / "models"
+
+
+def main() -> None:
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    from vllm import LLM, SamplingParams
+
+    import vllm_spec_plugins
+
+    lines = (MODELS / "heldout_prompts.jsonl").read_text().splitlines()[:8]
+    prompts = [json.loads(line)["prompt"] for line in lines]
+    params = [SamplingParams(max_tokens=48, temperature=0.8 * (i % 2), seed=i) for i in range(len(prompts))]
+    found = {}
+    for plugin in ("none", "lookahead"):
+        llm = LLM(
+            str(MODELS / "target"),
+            **vllm_spec_plugins.engine_args(plugin),
+            dtype="float32",
+            enforce_eager=True,
+            max_model_len=384,
+            kv_cache_memory_bytes=1 << 27,
+            tensor_parallel_size=2,
+            distributed_executor_backend="mp",
+            disable_log_stats=False,
+        )
+        found[plugin] = [list(out.outputs[0].token_ids) for out in llm.generate(prompts, params, use_tqdm=False)]
+        accepted = [m.value for m in llm.get_metrics() if m.name == "vllm:spec_decode_num_accepted_tokens"]
+        found[f"accepted by {plugin}"] = accepted
+        llm.llm_engine.engine_core.shutdown()
+    print("FOUND", json.dumps(found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
