@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from openai import APIError
+
 from vllm_spec_plugins.tools.server import MODEL, Counters, Server, ServerError
 
 # In a checkout; an installed package has neither and asks for --model and --prompts-file.
@@ -79,16 +81,18 @@ def send(
     concurrency: int,
     extra: Mapping[str, Any] | None = None,
 ) -> Batch:
-    """Complete every prompt, at most `concurrency` at a time, in order.
+    """Complete every prompt, at most `concurrency` at a time. The replies stand in the order of the prompts.
 
     Args:
-        extra: further fields for every request's body.
+        extra: further fields for every request's body; with "n", each prompt has as many replies.
 
-    Raises ServerError when the metrics and the answers disagree on the number of tokens, openai.APIError when a request
-    fails.
+    Raises ServerError when a request fails, or the metrics and the answers disagree on the number of tokens.
     """
     before = server.counters()
-    replies, seconds = asyncio.run(_send(server, prompts, sampling, max_tokens, concurrency, dict(extra or {})))
+    try:
+        replies, seconds = asyncio.run(_send(server, prompts, sampling, max_tokens, concurrency, dict(extra or {})))
+    except APIError as error:
+        raise ServerError(f"server {server.name}: {error}; {server.tail()}") from error
     received = sum(len(reply.token_ids) for reply in replies)
     counters = server.counters() - before
     if counters.generated != received:
@@ -103,7 +107,7 @@ async def _send(
 
     async with server.async_client() as client:
 
-        async def complete(index: int, prompt: str) -> Reply:
+        async def complete(index: int, prompt: str) -> list[Reply]:
             async with free:
                 completion = await client.completions.create(
                     model=MODEL,
@@ -112,11 +116,13 @@ async def _send(
                     extra_body={"return_token_ids": True, **extra},
                     **sampling.parameters(index),
                 )
-            choice = completion.choices[0]
-            token_ids = (choice.model_extra or {})["token_ids"]
-            return Reply(tuple(token_ids), choice.text, choice.finish_reason)
+            return [
+                Reply(tuple((choice.model_extra or {})["token_ids"]), choice.text, choice.finish_reason)
+                for choice in completion.choices
+            ]
 
         await client.models.list()  # the connection stands before the clock starts
         start = time.perf_counter()
         replies = await asyncio.gather(*(complete(i, prompt) for i, prompt in enumerate(prompts)))
-        return list(replies), time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        return [reply for answer in replies for reply in answer], seconds

@@ -146,9 +146,9 @@ class Server:
         deadline = time.monotonic() + timeout
         while not self._healthy():
             if self._process.poll() is not None:
-                raise ServerError(f"server {self.name} ended with status {self._process.returncode}: {self._tail()}")
+                raise ServerError(f"server {self.name} ended with status {self._process.returncode}: {self.tail()}")
             if time.monotonic() > deadline:
-                raise ServerError(f"server {self.name} did not answer within {timeout:.0f} s: {self._tail()}")
+                raise ServerError(f"server {self.name} did not answer within {timeout:.0f} s: {self.tail()}")
             time.sleep(0.25)
 
     def _healthy(self) -> bool:
@@ -157,7 +157,8 @@ class Server:
         except httpx.TransportError:  # not listening yet
             return False
 
-    def _tail(self) -> str:
+    def tail(self) -> str:
+        """Command and last lines of the log, for messages."""
         lines = self.log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
         return "\n".join([" ".join(self.command), *(f"    {line}" for line in lines)])
 

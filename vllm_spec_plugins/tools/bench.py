@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measurements on real servers: speed beside plain vLLM, identity of the output, distribution of the samples.
+
+    python -m vllm_spec_plugins.tools.bench [speed] --plugin lookahead --plugin lookahead:guesses=8 --json speed.json
+    python -m vllm_spec_plugins.tools.bench identity --plugin lookahead
+    python -m vllm_spec_plugins.tools.bench distribution --plugin lookahead
+
+Further arguments for every server follow a ``--``: ``... bench --model M -- --max-model-len 2048``. Exit status 1 when an
+output is not plain vLLM's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from vllm_spec_plugins.config import SettingError
+from vllm_spec_plugins.registry import resolve
+from vllm_spec_plugins.tools import identity, report
+from vllm_spec_plugins.tools.load import GREEDY, PROMPTS, SAMPLED, TARGET, load_prompts
+from vllm_spec_plugins.tools.server import ServerError, running, stop_on_sigterm
+from vllm_spec_plugins.tools.speed import Configuration, measure, plain, plugin, serve, vllm_ngram
+
+# fp32: in bf16 plain vLLM itself gives other tokens at another batch size.
+ARGUMENTS = ("--dtype", "float32", "--kv-cache-memory-bytes", str(1 << 28))
+
+
+def speed(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple[dict[str, Any], list[Table], bool]:
+    """Tokens per step and tokens/s of every configuration, greedy and sampled, at each concurrency."""
+    configurations = [*plain(), *map(plugin, arguments.plugin)]
+    if not arguments.no_ngram:
+        configurations.append(vllm_ngram(arguments.ngram_drafts, arguments.ngram_longest))
+    prompts = load_prompts(arguments.prompts_file, arguments.prompts)
+    servers = _servers(configurations, arguments, ARGUMENTS)
+    say(f"starting {len(servers)} servers")
+    with running(servers):
+        rows = measure(
+            configurations,
+            servers,
+            prompts,
+            samplings=(GREEDY, SAMPLED),
+            concurrencies=arguments.concurrency or [1, 8],
+            max_tokens=arguments.max_tokens,
+            rounds=arguments.rounds,
+            say=say,
+        )
+    title = f"{arguments.model}, {len(prompts)} prompts, up to {arguments.max_tokens} tokens, {arguments.rounds} rounds"
+    table = report.speed_table(rows, title)
+    # vLLM's own methods are measured beside the plugins; what their output is worth is not this program's verdict.
+    lossless = all(row.lossless for row in rows if row.configuration.startswith("--plugin"))
+    return {"rows": [row.as_dict() for row in rows]}, [table], lossless
+
+
+def check_identity(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple[dict[str, Any], list[Table], bool]:
+    """Greedy output against both plain runners', sampled output with seeds against the same runner's."""
+    configurations = [*plain(), *map(plugin, arguments.plugin)]
+    prompts = load_prompts(arguments.prompts_file, arguments.prompts)
+    servers = _servers(configurations, arguments, ARGUMENTS)
+    concurrency = arguments.concurrency[0] if arguments.concurrency else 8
+    say(f"starting {len(servers)} servers")
+    with running(servers):
+        found = identity.check(
+            configurations, servers, prompts, max_tokens=arguments.max_tokens, concurrency=concurrency, say=say
+        )
+    table = Table(title=f"{len(prompts)} prompts, up to {arguments.max_tokens} tokens, {concurrency} at a time")
+    for name in ("requests", "server", "compared with", "identical", "tokens", "tokens per step"):
+        table.add_column(name, justify="right" if name.startswith("tokens") else "left")
+    for c in found:
+        same = f"{c.identical} of {c.prompts}"
+        table.add_row(c.sampling, c.configuration, c.reference, same, str(c.tokens), f"{c.tokens_per_step:.2f}")
+    lossless = all(not c.differing for c in found if c.configuration != c.reference)
+    return {"comparisons": [c.as_dict() for c in found]}, [table], lossless
+
+
+def check_distribution(
+    arguments: argparse.Namespace, say: Callable[[str], None]
+) -> tuple[dict[str, Any], list[Table], bool]:
+    """Unseeded samples against the model's exact probabilities."""
+    from vllm_spec_plugins.tools import distribution
+
+    model = distribution.ExactModel(arguments.model)
+    reports, tables, sound = [], [], True
+    for configuration in map(plugin, arguments.plugin):
+        (server,) = _servers([configuration], arguments, distribution.ARGUMENTS)
+        say(f"starting {configuration.name}")
+        with server:
+            outcomes = distribution.check(server, model, arguments.samples, say)
+        p, other, right = distribution.verdict(outcomes)
+        sound &= right
+        table = Table(
+            title=f"{configuration.name}: first {distribution.LENGTH} tokens at T={distribution.TEMPERATURE}, "
+            f"{arguments.samples} samples per prompt",
+            caption=f"all prompts together: p = {p:.3f}; the same samples against T={distribution.OTHER_TEMPERATURE}: "
+            f"p = {other:.1e}",
+        )
+        for name in ("prompt ends with", "groups", "chi-square", "p", "drafts accepted"):
+            table.add_column(name, justify="left" if name.startswith("prompt") else "right")
+        for o in outcomes:
+            ending, statistic = repr(o.prompt[-24:]), f"{o.result.statistic:.1f}"
+            accepted = f"{o.counters.accepted} of {o.counters.draft_tokens}"
+            table.add_row(ending, str(o.groups), statistic, f"{o.result.p:.3f}", accepted)
+        tables.append(table)
+        prompts = [o.as_dict() for o in outcomes]
+        reports.append({"configuration": configuration.name, "p": p, "p_other": other, "sound": right, "prompts": prompts})
+    return {"distributions": reports}, tables, sound
+
+
+def _servers(configurations: Sequence[Configuration], arguments: argparse.Namespace, own: Sequence[str]) -> list[Any]:
+    logs = arguments.logs or Path(tempfile.mkdtemp(prefix="vllm-spec-bench-"))
+    return serve(configurations, arguments.model, [*own, *arguments.serve], logs, arguments.threads)
+
+
+MEASUREMENTS: dict[str, Callable[..., tuple[dict[str, Any], list[Table], bool]]] = {
+    "speed": speed,
+    "identity": check_identity,
+    "distribution": check_distribution,
+}
+# prompts, max_tokens
+DEFAULTS = {"speed": (24, 128), "identity": (200, 128), "distribution": (0, 0)}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", nargs="?", choices=MEASUREMENTS, default="speed", help="what to measure (%(default)s)")
+    parser.add_argument(
+        "--plugin", metavar="SPEC", action="append", help="a plugin to measure; may be given several times (lookahead)"
+    )
+    parser.add_argument("--model", type=Path, default=TARGET, help="checkpoint (the tiny one of the checkout)")
+    parser.add_argument("--prompts-file", type=Path, default=PROMPTS, help='JSON lines with a "prompt" each')
+    parser.add_argument("--prompts", type=int, metavar="N", help="how many of them (speed: 24, identity: 200)")
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="per prompt (128)")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="speed: measurements per line (%(default)s)")
+    parser.add_argument(
+        "--concurrency", type=int, action="append", metavar="N", help="requests at a time; several times for speed (1, 8)"
+    )
+    parser.add_argument("--samples", type=int, default=4000, metavar="N", help="distribution: per prompt (%(default)s)")
+    parser.add_argument("--no-ngram", action="store_true", help="speed: leave out vLLM's own ngram method")
+    parser.add_argument("--ngram-drafts", type=int, default=4, metavar="N", help="its drafts per step (%(default)s)")
+    parser.add_argument("--ngram-longest", type=int, default=4, metavar="N", help="its longest match (%(default)s)")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="OpenMP threads per server, sleeping when they wait; 1 where anything else runs (as the environment says)",
+    )
+    parser.add_argument("--logs", type=Path, metavar="FOLDER", help="where the servers' logs go (a new temporary folder)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write figures, machine and versions there")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """One measurement; returns the exit status."""
+    out = report.console()
+    arguments.plugin = arguments.plugin or ["lookahead"]
+    prompts, max_tokens = DEFAULTS[arguments.what]
+    arguments.prompts = prompts if arguments.prompts is None else arguments.prompts
+    arguments.max_tokens = max_tokens if arguments.max_tokens is None else arguments.max_tokens
+    begin = time.monotonic()
+
+    def say(what: str) -> None:
+        out.print(f"[{time.monotonic() - begin:5.0f} s] {what}", markup=False, highlight=False)
+
+    try:
+        for spec in arguments.plugin:
+            resolve(spec)
+        figures, tables, right = MEASUREMENTS[arguments.what](arguments, say)
+    except (SettingError, ServerError, OSError, ValueError) as error:
+        out.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        return 2
+    for table in tables:
+        out.print(table)
+    if arguments.json:
+        given = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
+        report.write_json(arguments.json, {"measurement": arguments.what, "arguments": given, **figures})
+    if not right:
+        out.print("NOT plain vLLM's output: see above", style="red")
+    return 0 if right else 1
+
+
+def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What stands before and behind the first ``--``."""
+    arguments = list(argv)
+    if "--" not in arguments:
+        return arguments, []
+    at = arguments.index("--")
+    return arguments[:at], arguments[at + 1 :]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    own, serve_arguments = split(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="python -m vllm_spec_plugins.tools.bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_arguments(parser)
+    stop_on_sigterm()
+    return run(parser.parse_args(own, argparse.Namespace(serve=serve_arguments)))
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
