@@ -79,8 +79,8 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if lossless else 1
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m vllm_spec_plugins.tools.demo", description=__doc__.splitlines()[0])
+def main(argv: Sequence[str] | None = None, prog: str = "python -m vllm_spec_plugins.tools.demo") -> int:
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__.splitlines()[0])
     add_arguments(parser)
     stop_on_sigterm()
     return run(parser.parse_args(argv))

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ``vllm-spec`` command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from vllm_spec_plugins import __version__
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; returns the exit status (2: wrong usage, 130: interrupted)."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="vllm-spec", description="Tools around `vllm serve --plugin`.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("doctor", help="check this installation, say what to do where it does not fit")
+    commands.add_parser("demo", help="plain vLLM and a plugin side by side, on real servers", add_help=False)
+    commands.add_parser("bench", help="measure speed, identity and distribution, on real servers", add_help=False)
+    # The subcommands read what follows their name themselves, as `python -m` on their modules does.
+    arguments = parser.parse_args(given[:1])
+
+    try:
+        if arguments.command == "doctor":
+            commands.choices["doctor"].parse_args(given[1:])
+            from vllm_spec_plugins.tools import doctor
+
+            return doctor.run()
+        if arguments.command == "demo":
+            from vllm_spec_plugins.tools import demo
+
+            return demo.main(given[1:], prog="vllm-spec demo")
+        from vllm_spec_plugins.tools import bench
+
+        return bench.main(given[1:], prog="vllm-spec bench")
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
