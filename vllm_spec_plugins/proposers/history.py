@@ -59,7 +59,7 @@ def history_guesses(
     for step in range(1, min(SEARCHED, span - 1) + 1):
         run = run[:, 1:] & (text[:, : span - step] == ending[:, step - 1 : step])
         found[:, step:] += run
-    place = _range(0, span, device)
+    place = torch.arange(span, dtype=torch.int32, device=device)
     # The place behind the text is the ending itself.
     rank = (found * span + place).masked_fill_(place >= lengths.unsqueeze(1), -1)
     best, start = rank.topk(min(guesses, span), dim=1)  # [B, G]
@@ -73,7 +73,7 @@ def history_guesses(
     order = (matched * span + start).sort(dim=1, descending=True).values
     matched, start = order // span, order % span
 
-    period = (lengths.unsqueeze(1) - start).unsqueeze(2)
+    period = (lengths.unsqueeze(1) - start).clamp_(min=1).unsqueeze(2)  # below 1 only where nothing was found
     ahead = _range(0, length, device)
     index = (start.unsqueeze(2) + ahead % period).view(batch, -1)
     ngrams = text.gather(1, index).view(batch, guesses, length).long()

@@ -19,6 +19,17 @@ from vllm_spec_plugins.proposers.window import LookaheadWindow
 from vllm_spec_plugins.tree.builders import trie
 from vllm_spec_plugins.tree.tree import TokenTree
 
+# Chance that a pool's n-gram is right at its first, second, later token, measured on pools that a window feeds; and the
+# factor on the odds of each older n-gram of the bucket.
+POOLED = (0.25, 0.5, 0.75)
+OLDER = 0.6
+
+
+def _pool_odds(guesses: int, length: int, device: torch.device) -> Tensor:
+    """[G, L]"""
+    chance = torch.tensor([POOLED[min(step, len(POOLED) - 1)] for step in range(length)], device=device)
+    return chance / (1 - chance) * OLDER ** torch.arange(guesses, device=device).unsqueeze(1)
+
 
 class LookaheadProposer:
     """Guesses from the text and from a pool of n-grams, merged into a trie; the window that feeds the pool behind it.
@@ -33,8 +44,9 @@ class LookaheadProposer:
         ngram: length of the pool's n-grams: a key and ngram - 1 tokens that followed it.
         guesses: most guesses per step and source (text, pool).
         nodes: most nodes that all guesses take together after merging; None = guesses * (ngram - 1).
-        draft_length: longest guess from the text; None = ngram - 1.
-        min_chance: a node is proposed only if its chance of being accepted is estimated to be at least this.
+        draft_length: longest guess from the text, in tokens; None or less than ngram - 1 = ngram - 1.
+        min_chance: a node is proposed only if its chance of being accepted is estimated to be at least this: two to
+            three times the cost of a node as a share of a step without any.
         prompt_pool: guess from the text.
         shared_pool: one pool for all requests, fed with what they emit (and with their windows).
         pool_buckets: buckets of a pool, a power of two; NgramPool tells the memory.
@@ -55,8 +67,8 @@ class LookaheadProposer:
         ngram: int = 5,
         guesses: int = 4,
         nodes: int | None = None,
-        draft_length: int | None = None,
-        min_chance: float = 0.1,
+        draft_length: int | None = 16,
+        min_chance: float = 0.12,
         prompt_pool: bool = True,
         shared_pool: bool = False,
         pool_buckets: int = 512,
@@ -66,7 +78,7 @@ class LookaheadProposer:
             raise ValueError("window=0, prompt_pool=false and shared_pool=false leave nothing to draft from")
         device = torch.device(device)
         self.guesses, self.min_chance, self.prompt_pool = guesses, min_chance, prompt_pool
-        self.length = max(draft_length or ngram - 1, ngram - 1)
+        self.length = max(draft_length or 0, ngram - 1)
         self.trie_nodes = guesses * (ngram - 1) if nodes is None else nodes
         self.num_nodes, self.max_depth = self.trie_nodes, min(self.length, self.trie_nodes)
         self.window: LookaheadWindow | None = None
@@ -77,9 +89,7 @@ class LookaheadProposer:
             self.num_nodes += self.window.num_nodes
             self.max_depth = max(self.max_depth, self.window.max_depth)
         if window or shared_pool:
-            # Measured on the pool of a window: its newest n-gram is right with chance .24, then .5, .8; older ones less.
-            chance = torch.tensor([0.25, 0.5] + [0.75] * (self.length - 2), device=device)[: self.length]
-            self._pool_odds = chance / (1 - chance) * 0.6 ** torch.arange(guesses, device=device).unsqueeze(1)
+            self._pool_odds = _pool_odds(guesses, self.length, device)
             self.pool = NgramPool(1 if shared_pool else max_requests, pool_buckets, guesses, ngram, device)
 
     def add_request(self, slot: int, prompt_len: int) -> None:

@@ -50,7 +50,7 @@ class LookaheadWindow:
         """[B, ngram, window]: tokens of each text, picked by a counter, so every rank and every run picks the same."""
         count = ctx.lengths.view(-1, 1, 1)
         index = ((self._salt ^ (count * 0x85EBCA6B)) * 0xC2B2AE35 >> 13) % count
-        return ctx.token_ids[ctx.slots].gather(1, index.view(len(index), -1)).view_as(index).long()
+        return ctx.token_ids[ctx.slots.view(-1, 1, 1), index].long()
 
     def advance(self, ctx: StepContext) -> tuple[Tensor, Tensor]:
         """Take in the last row's draws and move the window to the new root.

@@ -100,3 +100,32 @@ def test_a_second_part_hangs_below_the_same_root_right_behind_the_first(rng):
     assert both.tokens.shape == (20, 9 + window.num_nodes)
     for b in range(20):
         assert paths(both, b) == paths(first, b) + paths(window.tree(tokens), b)
+
+
+def test_a_trie_with_odds_is_the_best_tree_under_its_budget(rng):
+    for _ in range(10):
+        ngrams = random_ngrams(rng, 8, 5, 4)
+        odds = torch.rand(8, 5, 4, generator=rng) * 3
+        for nodes, limit, least in [(20, None, 0.0), (20, None, 0.1), (6, None, 0.0), (20, 6, 0.05), (20, 0, 0.0)]:
+            tree = trie(ngrams, nodes, limit, odds, least)
+            tree.validate()
+            for b in range(8):
+                chance = path_chances(ngrams[b].tolist(), odds[b].tolist())
+                worth = sorted((path for path in chance if chance[path] >= least), key=chance.get, reverse=True)
+                assert set(paths(tree, b)) == set(worth[: nodes if limit is None else limit])
+
+
+def path_chances(ngrams, odds):
+    """Chance of every distinct prefix: the product of its tokens' shares of the odds."""
+    chance = {(): 1.0}
+    for path in prefixes(ngrams):
+        depth = len(path) - 1
+        here = [
+            (ngram[depth], odd[depth])
+            for ngram, odd in zip(ngrams, odds, strict=True)
+            if tuple(ngram[:depth]) == path[:-1] and ngram[depth] >= 0
+        ]
+        agree = sum(odd for token, odd in here if token == path[-1])
+        chance[path] = chance[path[:-1]] * agree / (1 + sum(odd for _, odd in here))
+    del chance[()]
+    return chance
