@@ -124,3 +124,17 @@ def test_mean_acceptance_length_is_tokens_per_target_step(
     assert drafts == decode_steps
     # The last path may be cut by max_tokens: what it accepted beyond is counted, and not in the output.
     assert 0 <= accepted + drafts + 1 - len(out) <= 4
+
+
+def test_an_engine_without_a_plugin_in_the_same_process_is_vllms_own(
+    engine: Callable[..., Any], plain: Any, lookahead: Any, prompts: list[list[int]]
+) -> None:
+    from vllm import SamplingParams
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    llm = engine(None)
+    worker = llm.llm_engine.model_executor.driver_worker.worker
+    assert isinstance(worker.model_runner, CPUModelRunner)
+    assert not llm.llm_engine.vllm_config.use_v2_model_runner
+    params = SamplingParams(max_tokens=24, temperature=0.0)
+    assert tokens(llm, prompts[:4], params) == tokens(plain, prompts[:4], params)

@@ -8,11 +8,11 @@ import os
 __all__ = ["install"]
 
 
-def install(*, async_scheduling: bool | None = None) -> None:
-    """Make this process, and those it starts, run Model Runner V2 on the CPU. Idempotent.
+def install(*, for_every_engine: bool = True, async_scheduling: bool | None = None) -> None:
+    """Make this process, and those it starts, able to run Model Runner V2 on the CPU. Idempotent.
 
     Call it before the engine's configuration is made, when a plugin was asked for and vLLM's platform is the CPU.
-    `async_scheduling=True` keeps asynchronous scheduling on, which the CPU platform turns off (the same as
+    `for_every_engine=False` leaves the choice of the runner to each engine's configuration. `async_scheduling=True` keeps asynchronous scheduling on, which the CPU platform turns off (the same as
     VLLM_SPEC_CPU_ASYNC=1; for tests: there is no device that could run ahead).
 
     Raises RuntimeError when VLLM_USE_V2_MODEL_RUNNER=0 asks for the other runner, and HookMismatch when the installed
@@ -31,6 +31,7 @@ def install(*, async_scheduling: bool | None = None) -> None:
         apply(HOOKS + INTERPRETED)
     else:  # a Triton that compiles for the CPU: vLLM's own kernels run
         apply(HOOKS)
-    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
+    if for_every_engine:
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
     if async_scheduling is not None:
         os.environ[ASYNC_VARIABLE] = "1" if async_scheduling else "0"

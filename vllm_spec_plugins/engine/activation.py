@@ -64,7 +64,7 @@ def install() -> None:
     if current_platform.is_cpu():
         from vllm_spec_plugins import cpu
 
-        cpu.install()
+        cpu.install(for_every_engine=False)
         _register_attention()
     apply(ENGINE_HOOKS)
     # vLLM warns of environment variables with its prefix that it does not know.

@@ -43,8 +43,14 @@ def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _use_v2_model_runner(original: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    from vllm import envs
+    from vllm.platforms import current_platform
+
     def use_v2_model_runner(self: Any) -> bool:
-        return settings_of(self) is not None or original(self)
+        if settings_of(self) is not None:
+            return True
+        # The CPU lane has told vLLM that there is Triton. Another engine of this process gets what it gets without.
+        return original(self) and (envs.VLLM_USE_V2_MODEL_RUNNER is True or not current_platform.is_cpu())
 
     return use_v2_model_runner
 

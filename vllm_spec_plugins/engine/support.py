@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from vllm import envs
 from vllm.config import VllmConfig
 
 from vllm_spec_plugins.config import FLAG, SettingError, Settings
@@ -25,7 +26,9 @@ def check_version(found: str) -> None:
 
 
 def check_arguments(engine_args: Any, settings: Settings) -> None:
-    """Raise SettingError when other flags contradict the plugin."""
+    """Raise SettingError when other flags, or the environment, contradict the plugin."""
+    if envs.VLLM_USE_V2_MODEL_RUNNER is False:
+        raise SettingError(f"{FLAG} {settings.name}: VLLM_USE_V2_MODEL_RUNNER=0 asks for another runner; unset it")
     if engine_args.speculative_config:
         raise SettingError(
             f"{FLAG} {settings.name}: conflicts with --speculative-config {engine_args.speculative_config}; give only one"
