@@ -12,8 +12,9 @@ def install(*, for_every_engine: bool = True, async_scheduling: bool | None = No
     """Make this process, and those it starts, able to run Model Runner V2 on the CPU. Idempotent.
 
     Call it before the engine's configuration is made, when a plugin was asked for and vLLM's platform is the CPU.
-    `for_every_engine=False` leaves the choice of the runner to each engine's configuration. `async_scheduling=True` keeps asynchronous scheduling on, which the CPU platform turns off (the same as
-    VLLM_SPEC_CPU_ASYNC=1; for tests: there is no device that could run ahead).
+    `for_every_engine=False` leaves the choice of the runner to each engine's configuration. `async_scheduling=True`
+    keeps asynchronous scheduling on, which the CPU platform turns off (the same as VLLM_SPEC_CPU_ASYNC=1; for tests:
+    there is no device that could run ahead).
 
     Raises RuntimeError when VLLM_USE_V2_MODEL_RUNNER=0 asks for the other runner, and HookMismatch when the installed
     vLLM does not fit.
