@@ -7,8 +7,11 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from vllm_spec_plugins.cpu import lane
 from vllm_spec_plugins.cpu.kernels.launch import NeedsGrid
+from vllm_spec_plugins.cpu.kernels.sampling import draw
 from vllm_spec_plugins.hook import ABSENT, Hook, apply
 
 ASYNC_VARIABLE = "VLLM_SPEC_CPU_ASYNC"
@@ -54,6 +57,50 @@ def _keep_async_scheduling(original: Callable[[Any, Any], None]) -> Callable[[An
             scheduler.async_scheduling = asked
 
     return check_and_update_config
+
+
+def _aliased(original: Any) -> Callable[..., Any]:
+    def copy_to_uva(self: Any, n: int | None = None) -> Any:
+        self.gpu = self.cpu if n is None else self.cpu[:n]
+        return self.gpu
+
+    return copy_to_uva
+
+
+def _drawn_directly(original: Callable[..., Any]) -> Callable[..., Any]:
+    def gumbel_sample(
+        logits: Any,
+        expanded_idx_mapping: Any,
+        temperature: Any,
+        seed: Any,
+        pos: Any,
+        apply_temperature: bool,
+        is_drafting: bool,
+        logits_cache: Any = None,
+        logits_cache_col: Any = None,
+        use_fp64: bool = False,
+        logits_cache_source: Any = None,
+    ) -> Any:
+        if logits_cache is not None:
+            return original(
+                logits,
+                expanded_idx_mapping,
+                temperature,
+                seed,
+                pos,
+                apply_temperature,
+                is_drafting,
+                logits_cache,
+                logits_cache_col,
+                use_fp64,
+                logits_cache_source,
+            )
+        best, _ = draw(
+            logits, expanded_idx_mapping, temperature, seed, pos, apply_temperature, is_drafting, use_fp64
+        )
+        return torch.from_numpy(best)
+
+    return gumbel_sample
 
 
 HOOKS: tuple[Hook, ...] = (
@@ -117,6 +164,23 @@ WORKER: tuple[Hook, ...] = (
         signature="(self)",
         upstream="goes when vLLM's CPU platform registers versions of V2's kernels",
         replacement=_register_again,
+    ),
+    Hook(
+        target="vllm.v1.worker.gpu.buffer_utils:UvaBackedTensor.copy_to_uva",
+        why="speed: without a device the copy that a step in flight reads is the tensor itself (16 copies per step)",
+        signature="(self, n=None)",
+        upstream="goes when vLLM's CPU buffers alias",
+        replacement=_aliased,
+    ),
+    Hook(
+        target="vllm.v1.worker.gpu.sample.sampler:gumbel_sample",
+        why="speed: one argmax per row instead of one per block and another over the blocks",
+        signature=(
+            "(logits, expanded_idx_mapping, temperature, seed, pos, apply_temperature, is_drafting, logits_cache=None, "
+            "logits_cache_col=None, use_fp64=False, logits_cache_source=None)"
+        ),
+        upstream="stays",
+        replacement=_drawn_directly,
     ),
     Hook(
         target="vllm.v1.worker.gpu.spec_decode.ngram.speculator:HAS_TRITON",

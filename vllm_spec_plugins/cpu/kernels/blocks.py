@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from vllm_spec_plugins.cpu.kernels.launch import needs_grid
-from vllm_spec_plugins.cpu.kernels.views import at_address
+from vllm_spec_plugins.cpu.kernels.views import at_address, view
 
 Tensor = torch.Tensor
 
@@ -26,18 +26,20 @@ def gather_block_tables(
 ) -> None:
     """Copy the valid blocks of each request's row to its row of the batch; zero the rows that pad the batch."""
     num_groups, num_rows = grid
-    states = batch_idx_to_req_idx.numpy()
-    max_num_reqs = num_blocks_ptr.shape[1]
-    sources, targets = src_block_table_ptrs.tolist(), dst_block_table_ptrs.tolist()
-    for group, stride in enumerate(block_table_strides.tolist()[:num_groups]):
-        num_blocks = num_blocks_ptr.numpy()[group, states]
-        used = int(num_blocks.max(initial=0))
-        source = at_address(sources[group], max_num_reqs, stride)
+    states, num_blocks_of = view(batch_idx_to_req_idx), view(num_blocks_ptr)
+    sources, targets = view(src_block_table_ptrs).tolist(), view(dst_block_table_ptrs).tolist()
+    for group, stride in enumerate(view(block_table_strides).tolist()[:num_groups]):
+        num_blocks = num_blocks_of[group][states]
+        used, fewest = int(num_blocks.max()), int(num_blocks.min())
+        source = at_address(sources[group], num_blocks_of.shape[1], stride)
         target = at_address(targets[group], num_rows, stride)
-        valid = np.arange(used) < num_blocks[:, None]
         # Entries beyond a request's blocks keep what they had, as the kernel leaves them.
-        np.copyto(target[:num_reqs, :used], source[states, :used], where=valid)
-        target[num_reqs:] = 0
+        target[:num_reqs, :fewest] = source[states, :fewest]
+        if used > fewest:
+            valid = np.arange(fewest, used) < num_blocks[:, None]
+            np.copyto(target[:num_reqs, fewest:used], source[states, fewest:used], where=valid)
+        if num_rows > num_reqs:
+            target[num_reqs:] = 0
 
 
 @needs_grid
@@ -64,30 +66,33 @@ def compute_slot_mappings(
     if CP_SIZE != 1:
         raise NotImplementedError("context parallelism is not supported on the CPU: decode and prefill sizes must be 1")
     num_reqs = grid[1] - 1
-    states = idx_mapping.numpy()
-    starts = query_start_loc.numpy()[: num_reqs + 1]
-    begin, end = int(starts[0]), int(starts[-1])
-    rows = np.repeat(states, starts[1:] - starts[:-1])
-    positions = pos.numpy()[begin:end]
-    addresses, enabled = block_table_ptrs.tolist(), slot_mapping_enabled.tolist()
-    strides, sizes = block_table_strides.tolist(), block_sizes.tolist()
-    real = rows >= 0
-    all_real = bool(real.all())
-    most = int(rows.max(initial=0)) + 1
+    states, starts = view(idx_mapping), view(query_start_loc)
+    begin, end = int(starts[0]), int(starts[num_reqs])
+    if end - begin == num_reqs:
+        rows = states
+    else:
+        rows = np.repeat(states, starts[1 : num_reqs + 1] - starts[:num_reqs])
+    # A row of -1 owns no blocks: its table must not be read.
+    real = rows >= 0 if np.count_nonzero(states < 0) else None
+    known = rows if real is None else np.where(real, rows, 0)
+    # The tables' height is not among the arguments; a power of two that holds all rows keeps the views few.
+    height = 1 << int(states.max(initial=0)).bit_length()
+    positions = view(pos)[begin:end]
+    addresses, enabled = view(block_table_ptrs).tolist(), view(slot_mapping_enabled).tolist()
+    strides, sizes = view(block_table_strides).tolist(), view(block_sizes).tolist()
+    slot_mappings = view(slot_mappings_ptr)
     for group in range(grid[0]):
-        slots = slot_mappings_ptr.numpy()[group]
+        slots, size = slot_mappings[group], sizes[group]
         slots[end:max_num_tokens] = PAD_ID
         if not enabled[group]:
             slots[begin:end] = PAD_ID
             continue
-        size = sizes[group]
-        table = at_address(addresses[group], most, strides[group])
-        block, offset = np.divmod(positions, size)
-        if all_real:
-            slots[begin:end] = table[rows, block] * np.int64(size) + offset
-        else:
-            # A row of -1 owns no blocks: its table must not be read.
-            slots[begin:end] = np.where(real, table[np.where(real, rows, 0), block] * np.int64(size) + offset, PAD_ID)
+        block = positions // size
+        table = at_address(addresses[group], height, strides[group])
+        # block * size + offset, the offset being position - position // size * size
+        slots[begin:end] = (table[known, block] - block) * size + positions
+        if real is not None:
+            slots[begin:end][~real] = PAD_ID
 
 
 KERNELS = {

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from vllm_spec_plugins.cpu.kernels.launch import needs_grid
-from vllm_spec_plugins.cpu.kernels.noise import gumbel_noise, uniform_philox
+from vllm_spec_plugins.cpu.kernels.noise import gumbel_argmax, uniform_philox
 from vllm_spec_plugins.cpu.kernels.views import Array, block_argmax, float_rows
 
 Tensor = torch.Tensor
@@ -392,7 +392,7 @@ def resample(
     WATERMARK: bool,
     DEDUPLICATE_CONTEXTS: bool,
 ) -> None:
-    """Gumbel-max draw per block from max(p - q, 0) where a draft was rejected, from p where none was left."""
+    """Gumbel-max draw from max(p - q, 0) where a draft was rejected, from p where none was left."""
     if WATERMARK:
         raise NotImplementedError("watermarking is not supported without a GPU: remove the watermark settings")
     cu_num_logits = cu_num_logits_ptr.numpy().astype(np.int64)
@@ -425,14 +425,19 @@ def resample(
     elif len(residual):
         logits[residual, rejected[residual]] = -np.inf
 
-    if USE_FP64:
-        logits = logits.astype(np.float64)
+    best = logits.argmax(axis=1)
+    largest = logits[np.arange(len(best)), best].astype(np.float64 if USE_FP64 else np.float32)
     noisy = np.flatnonzero(temperature)
-    seeds, positions = seed_ptr.numpy()[states[noisy]], pos_ptr.numpy()[rows[noisy]]
-    logits[noisy] += gumbel_noise(seeds, positions, vocab_size, drafting=False, fp64=USE_FP64)
-    best, largest = block_argmax(logits, BLOCK_SIZE)
-    resampled_local_argmax_ptr.numpy()[request] = best
-    resampled_local_max_ptr.numpy()[request] = largest
+    if len(noisy):
+        seeds, positions = seed_ptr.numpy()[states[noisy]], pos_ptr.numpy()[rows[noisy]]
+        best[noisy], largest[noisy] = gumbel_argmax(
+            logits[noisy], None, seeds, positions, drafting=False, fp64=USE_FP64
+        )
+    # Of the blocks only the winner's entries are written; the others' maximum is -inf.
+    resampled_local_max = resampled_local_max_ptr.numpy()
+    resampled_local_max[request] = -np.inf
+    resampled_local_max[request, best // BLOCK_SIZE] = largest
+    resampled_local_argmax_ptr.numpy()[request, best // BLOCK_SIZE] = best
 
 
 def insert_resampled(

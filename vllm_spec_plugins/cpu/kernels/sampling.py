@@ -6,8 +6,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from vllm_spec_plugins.cpu.kernels.noise import gumbel_noise
-from vllm_spec_plugins.cpu.kernels.views import block_argmax, float_rows
+from vllm_spec_plugins.cpu.kernels.noise import gumbel_argmax
+from vllm_spec_plugins.cpu.kernels.views import Array, float_rows, view
 
 Tensor = torch.Tensor
 
@@ -47,6 +47,44 @@ def min_p(
     logits_ptr[index] = logits_ptr[index].masked_fill_(below, -torch.inf)
 
 
+def draw(
+    logits: Tensor,
+    expanded_idx_mapping: Tensor,
+    temperature: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    apply_temperature: bool,
+    drafting: bool,
+    fp64: bool,
+) -> tuple[Array, Array]:
+    """Token drawn for each row of logits [n, vocab_size] and its noised logit: int64[n], float32[n] (float64[n]).
+
+    expanded_idx_mapping: [n] request states, -1 for rows that pad (drawn greedily); temperature and seeds are indexed
+    by it. Temperature 0 is greedy.
+    """
+    states = view(expanded_idx_mapping)
+    scale = view(temperature)[states]
+    if np.count_nonzero(states < 0):
+        scale[states < 0] = 0.0
+    rows, at = float_rows(logits), view(positions)
+    noisy = np.flatnonzero(scale)
+    if len(noisy) == len(rows):  # all rows are sampled
+        return gumbel_argmax(rows, scale if apply_temperature else None, view(seeds)[states], at, drafting, fp64)
+    best = rows.argmax(axis=1)
+    largest = rows[np.arange(len(best)), best]
+    if len(noisy):
+        largest = largest.astype(np.float64) if fp64 else largest
+        best[noisy], largest[noisy] = gumbel_argmax(
+            rows[noisy],
+            scale[noisy] if apply_temperature else None,
+            view(seeds)[states[noisy]],
+            at[noisy],
+            drafting,
+            fp64,
+        )
+    return best, largest
+
+
 def gumbel_sample(
     local_argmax_ptr: Tensor,
     local_argmax_stride: int,
@@ -71,35 +109,28 @@ def gumbel_sample(
     USE_FP64: bool,
     PER_TOKEN_COL: bool,
 ) -> None:
-    """Argmax per block of BLOCK_SIZE tokens of logits plus Gumbel noise (no noise at temperature 0).
+    """Argmax of logits plus Gumbel noise (no noise at temperature 0), the first one of equals.
 
+    Of the blocks of BLOCK_SIZE tokens only the winner's argmax and maximum are written; the others' maximum is -inf.
     Drafting keeps the logits in the cache before the temperature is applied: the verifier divides them itself.
     """
     states = expanded_idx_mapping_ptr.numpy()
-    real = states >= 0
-    known = np.where(real, states, 0)
-    temperature = np.where(real, temp_ptr.numpy()[known], np.float32(0.0))
     if logits_cache_ptr is not None:
         assert logits_cache_col_ptr is not None and logits_cache_source_ptr is not None
-        rows = torch.from_numpy(np.flatnonzero(real))
+        real = np.flatnonzero(states >= 0)
+        rows = torch.from_numpy(real)
         column = logits_cache_col_ptr[rows] if PER_TOKEN_COL else logits_cache_col_ptr
         cached = logits_cache_source_ptr[rows, :vocab_size]
         logits_cache_ptr[torch.from_numpy(states[real]), column, :vocab_size] = cached
 
-    logits = float_rows(logits_ptr)
-    if USE_FP64 or temperature.any():
-        logits = logits.astype(np.float64 if USE_FP64 else np.float32)
-        rows = np.flatnonzero(temperature)
-        scores = float_rows(logits_ptr)[rows]
-        if APPLY_TEMPERATURE:
-            scores = scores / temperature[rows, None]
-        seeds = np.where(real, seeds_ptr.numpy()[known], 0)[rows]
-        positions = pos_ptr.numpy()[rows]
-        logits[rows] = scores + gumbel_noise(seeds, positions, vocab_size, IS_DRAFTING, USE_FP64)
-
-    best, largest = block_argmax(logits, BLOCK_SIZE)
-    local_argmax_ptr.numpy()[...] = best
-    local_max_ptr.numpy()[...] = largest
+    best, largest = draw(
+        logits_ptr, expanded_idx_mapping_ptr, temp_ptr, seeds_ptr, pos_ptr, APPLY_TEMPERATURE, IS_DRAFTING, USE_FP64
+    )
+    every, block = np.arange(len(best)), best // BLOCK_SIZE
+    local_argmax, local_max = local_argmax_ptr.numpy(), local_max_ptr.numpy()
+    local_max.fill(-np.inf)
+    local_max[every, block] = largest
+    local_argmax[every, block] = best
 
 
 _SAMPLE = "vllm.v1.worker.gpu.sample."
