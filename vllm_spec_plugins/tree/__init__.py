@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Token trees and the rules that accept from them. Pure torch: knows neither vLLM nor models."""
 
-from vllm_spec_plugins.tree.accept import Acceptance, AcceptRule, TargetRows, Walk, accept_down_to
+from vllm_spec_plugins.tree.accept import Acceptance, AcceptRule, TargetRows, Walk, accept_down_to, deepest_reachable
 from vllm_spec_plugins.tree.builders import append, chain, trie
 from vllm_spec_plugins.tree.topology import Topology, chain_topology, from_choices, lookahead_window, widths
 from vllm_spec_plugins.tree.tree import TokenTree
@@ -17,6 +17,7 @@ __all__ = [
     "append",
     "chain",
     "chain_topology",
+    "deepest_reachable",
     "from_choices",
     "lookahead_window",
     "trie",

@@ -63,6 +63,12 @@ class AcceptRule(Protocol):
         ...
 
 
+def deepest_reachable(tree: TokenTree, wrong: Tensor) -> Tensor:
+    """[B] int64: the deepest row, the first of several, with no `wrong` [B, N] node on its path; 0 = the root alone."""
+    blocked = (tree.ancestors()[:, :, 1:] & wrong.unsqueeze(1)).any(-1)  # [B, N + 1]: never the root
+    return tree.depth.masked_fill(blocked, -1).argmax(1)
+
+
 def accept_down_to(tree: TokenTree, row: Tensor, drawn: Tensor) -> Acceptance:
     """Accept the path from the root to `row` [B] and emit the target's draw at `row` behind it."""
     path = tree.path(row)  # [B, D]
@@ -81,7 +87,7 @@ class Walk:
 
     Every row's draw is what plain decoding would draw at that position, so what the walk emits is plain decoding's
     output, whatever the tree. Among nodes that spell the same path (duplicates) the draws agree, so taking the
-    deepest reachable row, the first of several, is the walk.
+    deepest reachable row is the walk.
     """
 
     name = "walk"
@@ -91,6 +97,4 @@ class Walk:
     def __call__(self, tree: TokenTree, drawn: Tensor, target: TargetRows | None = None) -> Acceptance:
         absent = (tree.tokens | drawn[:, 1:]) < 0  # no node, or a node whose row was cut before verification
         wrong = (tree.tokens != drawn.gather(1, tree.parents)) | absent  # [B, N]
-        blocked = (tree.ancestors()[:, :, 1:] & wrong.unsqueeze(1)).any(-1)  # [B, N + 1]: never the root
-        row = tree.depth.masked_fill(blocked, -1).argmax(1)
-        return accept_down_to(tree, row, drawn)
+        return accept_down_to(tree, deepest_reachable(tree, wrong), drawn)

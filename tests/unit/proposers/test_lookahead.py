@@ -25,16 +25,9 @@ def prompts(rng, count, vocab, longest=30):
     ]
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_the_text_is_that_of_plain_decoding(settings, temperature, rng):
+def hostile(proposer, model, texts, rng, eos):
     """Several requests, slots reused, prompts in chunks, trees cut, steps sat out, budgets that come and go."""
-    vocab, eos = 14, 3
-    seed = int(torch.randint(1 << 20, (1,), generator=rng))
-    model = MarkovTarget(vocab, 2, temperature, seed)
-    texts = prompts(rng, 9, vocab)
-    proposer = LookaheadProposer(max_requests=4, eos_token_ids=[eos], **settings)
-    outcome = simulate(
+    return simulate(
         proposer,
         from_next_token(model),
         texts,
@@ -46,11 +39,45 @@ def test_the_text_is_that_of_plain_decoding(settings, temperature, rng):
         skip=0.1,
         cut=0.15,
         budget=lambda: None if torch.rand(1, generator=rng) < 0.7 else int(torch.randint(20, (1,), generator=rng)),
-        vocab=vocab,
+        vocab=model.vocab,
     )
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_the_text_is_that_of_plain_decoding(settings, temperature, rng):
+    eos = 3
+    model = MarkovTarget(14, 2, temperature, int(torch.randint(1 << 20, (1,), generator=rng)))
+    texts = prompts(rng, 9, 14)
+    proposer = LookaheadProposer(max_requests=4, eos_token_ids=[eos], **settings)
+    outcome = hostile(proposer, model, texts, rng, eos)
     for request, text in enumerate(texts):
         assert outcome.outputs[request] == plain(model, request, text, 60, eos)
-    print(settings, temperature, outcome.tokens_per_step, outcome.nodes_per_step)
+
+
+def test_the_text_is_that_of_plain_decoding_for_random_settings(rng):
+    def pick(*choices):
+        return choices[int(torch.randint(len(choices), (1,), generator=rng))]
+
+    for _ in range(15):
+        settings = {
+            "window": pick(0, 1, 2, 6, 11),
+            "ngram": pick(2, 3, 4, 6),
+            "guesses": pick(1, 2, 5, 9),
+            "nodes": pick(None, 1, 7, 24),
+            "draft_length": pick(None, 1, 5, 20),
+            "min_chance": pick(0.0, 0.05, 0.3),
+            "shared_pool": pick(True, False),
+            "pool_buckets": pick(1, 8, 128),
+        }
+        settings["prompt_pool"] = pick(True, False) or not (settings["window"] or settings["shared_pool"])
+        print(settings)
+        vocab, order, temperature = pick(3, 14, 60), pick(1, 2, 3), pick(0.0, 0.5, 1.0)
+        model = MarkovTarget(vocab, order, temperature, int(torch.randint(1 << 20, (1,), generator=rng)))
+        texts = prompts(rng, 4, vocab)
+        outcome = hostile(LookaheadProposer(max_requests=4, eos_token_ids=[2], **settings), model, texts, rng, 2)
+        for request, text in enumerate(texts):
+            assert outcome.outputs[request] == plain(model, request, text, 60, 2)
 
 
 def run(model, texts, rng, *, slots, **settings):

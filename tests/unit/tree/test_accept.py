@@ -3,7 +3,16 @@ import pytest
 import torch
 
 from tests.unit.tree.naive import random_tree, unpad, walk
-from vllm_spec_plugins.tree import TokenTree, Walk, chain
+from vllm_spec_plugins.tree import (
+    Acceptance,
+    AcceptRule,
+    TargetRows,
+    TokenTree,
+    Walk,
+    accept_down_to,
+    chain,
+    deepest_reachable,
+)
 
 
 def draws_by_path(tree: TokenTree, rng: torch.Generator, vocab: int) -> torch.Tensor:
@@ -73,3 +82,31 @@ def test_the_path_is_as_wide_as_the_depth_bound(rng):
     got = Walk()(TokenTree(tree.tokens, tree.parents, bound), draws_by_path(tree, rng, 2))
     assert got.path.shape == (4, bound)
     assert got.emitted.shape == (4, bound + 1)
+
+
+class LikelyEnough:
+    """A lossy rule as a later method may bring it: a node is kept when the target gives it at least this probability."""
+
+    name, lossless, needs_target = "likely enough", False, True
+
+    def __init__(self, least: float) -> None:
+        self.least = least
+
+    def __call__(self, tree: TokenTree, drawn: torch.Tensor, target: TargetRows | None = None) -> Acceptance:
+        assert target is not None
+        above = target.index.gather(1, tree.parents).clamp(min=0)  # the logits line of each node's parent
+        chance = target.logits.softmax(-1)[above, tree.tokens.clamp(min=0)]
+        return accept_down_to(tree, deepest_reachable(tree, (chance < self.least) | (tree.tokens < 0)), drawn)
+
+
+def test_a_rule_that_reads_target_probabilities_fits_the_interface():
+    rule: AcceptRule = LikelyEnough(0.3)
+    tree = TokenTree(torch.tensor([[0, 1, 2, 1]]), torch.tensor([[0, 0, 2, 3]]))
+    # Lines in another order than rows, and one of another request between them.
+    target = TargetRows(torch.zeros(6, 3), torch.tensor([[5, 3, 4, 0, 1]]))
+    target.logits[5] = torch.tensor([0.5, 0.35, 0.15]).log()  # the root: both children will do
+    target.logits[4] = torch.tensor([0.1, 0.1, 0.8]).log()
+    target.logits[0] = torch.tensor([0.6, 0.2, 0.2]).log()  # node 3's token 1 is too unlikely
+    got = rule(tree, torch.tensor([[0, 0, 0, 2, 2]]), target)
+    assert got.path[0].tolist() == [2, 3, 0, 0]
+    assert got.emitted[0].tolist() == [1, 2, 2, -1, -1]
