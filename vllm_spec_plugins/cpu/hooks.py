@@ -11,6 +11,7 @@ import torch
 
 from vllm_spec_plugins.cpu import lane
 from vllm_spec_plugins.cpu.kernels.launch import NeedsGrid
+from vllm_spec_plugins.cpu.kernels.nucleus import apply_top_k_top_p
 from vllm_spec_plugins.cpu.kernels.sampling import draw
 from vllm_spec_plugins.hook import ABSENT, Hook, apply
 
@@ -181,6 +182,16 @@ WORKER: tuple[Hook, ...] = (
         ),
         upstream="stays",
         replacement=_drawn_directly,
+    ),
+    *(
+        Hook(
+            target=f"vllm.v1.worker.gpu.sample.{module}:apply_top_k_top_p",
+            why="speed: vLLM sorts every row of logits with its indices, which costs more than a tiny model's layer",
+            signature="(logits, k, p)",
+            upstream="stays",
+            replacement=lambda _: apply_top_k_top_p,
+        )
+        for module in ("sampler", "states")
     ),
     Hook(
         target="vllm.v1.worker.gpu.spec_decode.ngram.speculator:HAS_TRITON",

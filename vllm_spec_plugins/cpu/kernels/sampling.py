@@ -21,10 +21,11 @@ def apply_temperature(
     BLOCK_SIZE: int,
 ) -> None:
     """Divide each row by its request's temperature in place; 0 (greedy) and 1 leave the row alone."""
-    temperature = temperature_ptr.numpy()[expanded_idx_mapping_ptr.numpy()]
-    rows = np.flatnonzero((temperature != 0.0) & (temperature != 1.0))
-    logits = float_rows(logits_ptr)[rows] / temperature[rows, None]
-    logits_ptr[torch.from_numpy(rows)] = torch.from_numpy(logits).to(logits_ptr.dtype)
+    temperature = view(temperature_ptr)[view(expanded_idx_mapping_ptr)]
+    # Division by 1 changes no bit.
+    divisor = np.where(temperature == 0.0, np.float32(1.0), temperature)[:, None]
+    logits = logits_ptr.numpy()
+    np.divide(logits, divisor, out=logits)
 
 
 def min_p(
