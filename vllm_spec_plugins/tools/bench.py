@@ -12,6 +12,7 @@ output is not plain vLLM's.
 from __future__ import annotations
 
 import argparse
+import secrets
 import sys
 import tempfile
 import time
@@ -88,8 +89,8 @@ def check_distribution(
     model = distribution.ExactModel(arguments.model)
     reports, tables, sound = [], [], True
     for configuration in map(plugin, arguments.plugin):
-        (server,) = _servers([configuration], arguments, distribution.ARGUMENTS)
-        say(f"starting {configuration.name}")
+        (server,) = _servers([configuration], arguments, [*distribution.ARGUMENTS, "--seed", str(arguments.seed)])
+        say(f"starting {configuration.name}, --seed {arguments.seed}")
         with server:
             outcomes = distribution.check(server, model, arguments.samples, say)
         p, other, right = distribution.verdict(outcomes)
@@ -140,6 +141,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--concurrency", type=int, action="append", metavar="N", help="requests at a time; several times for speed (1, 8)"
     )
     parser.add_argument("--samples", type=int, default=4000, metavar="N", help="distribution: per prompt (%(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=secrets.randbelow(2**31), metavar="N", help="distribution: the server's (a new one)"
+    )
     parser.add_argument("--no-ngram", action="store_true", help="speed: leave out vLLM's own ngram method")
     parser.add_argument("--ngram-drafts", type=int, default=4, metavar="N", help="its drafts per step (%(default)s)")
     parser.add_argument("--ngram-longest", type=int, default=4, metavar="N", help="its longest match (%(default)s)")

@@ -112,8 +112,7 @@ async def _send(
                 completion = await client.completions.create(
                     model=MODEL,
                     prompt=prompt,
-                    max_tokens=max_tokens,
-                    extra_body={"return_token_ids": True, **extra},
+                    extra_body={"return_token_ids": True, "max_tokens": max_tokens, **extra},
                     **sampling.parameters(index),
                 )
             return [

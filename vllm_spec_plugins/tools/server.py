@@ -28,6 +28,9 @@ START, STOP, ANSWER = 600.0, 20.0, 5.0
 
 TAIL_LINES = 25
 
+# This interpreter's vLLM, without the working directory on its path.
+LAUNCH = (sys.executable, "-P", "-m", "vllm.entrypoints.cli.main")
+
 
 class ServerError(RuntimeError):
     """A server that did not start, died, or cannot be measured; the message ends with its log's last lines."""
@@ -131,8 +134,7 @@ class Server:
         """Launch the processes; `wait` says when they serve."""
         assert self._process is None, f"server {self.name} was started before"
         where = ["--host", "127.0.0.1", "--port", str(self.port), "--served-model-name", MODEL]
-        # This interpreter's vLLM, without the working directory on its path.
-        command = [sys.executable, "-P", "-m", "vllm.entrypoints.cli.main", *self.command[1:], *where]
+        command = [*LAUNCH, *self.command[1:], *where]
         environment = {key: value for key, value in {**os.environ, **self._environment}.items() if value is not None}
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("wb") as log:
