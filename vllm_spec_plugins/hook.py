@@ -38,8 +38,8 @@ class Hook:
     signature    `shape(target)`: its signature without annotations, or its type's name when it is not callable, or
                  ABSENT for an attribute that is added; None: not checked
     upstream     issue, patch or condition after which the hook can go
-    replacement  called with the original (None for an added attribute), returns what takes its place; for a classmethod, staticmethod or property it
-                 gets and returns the plain function
+    replacement  called with the original (None for an added attribute), returns what takes its place; for a classmethod,
+                 staticmethod or property it gets and returns the plain function
     """
 
     target: str

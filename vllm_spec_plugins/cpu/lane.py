@@ -95,9 +95,9 @@ def register() -> None:
 
     functions = dict(jit_functions())
     for name in KERNELS:
-        module, _, attribute = name.rpartition(".")
-        if module in sys.modules and name not in functions:
-            if not isinstance(getattr(sys.modules[module], attribute, None), KernelOverride):
+        home, _, attribute = name.rpartition(".")
+        if home in sys.modules and name not in functions:
+            if not isinstance(getattr(sys.modules[home], attribute, None), KernelOverride):
                 raise RuntimeError(f"vLLM has no Triton kernel {name}: this package was made for another release")
     pending = {name: KERNELS[name] for name in functions if name in KERNELS}
     if pending:

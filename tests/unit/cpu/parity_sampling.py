@@ -6,8 +6,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from vllm.v1.worker.gpu.metrics.logits import get_num_nans
 from vllm.v1.worker.gpu import structured_outputs
+from vllm.v1.worker.gpu.metrics.logits import get_num_nans
 from vllm.v1.worker.gpu.sample import bad_words, gumbel, logit_bias, logprob, min_p, penalties, prompt_logprob
 from vllm.v1.worker.gpu.sample.output import SamplingMaskTensors
 from vllm.v1.worker.gpu.sample.thinking_budget import apply_thinking_budget

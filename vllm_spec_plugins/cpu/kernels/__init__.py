@@ -5,7 +5,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from vllm_spec_plugins.cpu.kernels import blocks, drafting, grammar, inputs, logprobs, penalties, rejection, sampling, speculation
+from vllm_spec_plugins.cpu.kernels import (
+    blocks,
+    drafting,
+    grammar,
+    inputs,
+    logprobs,
+    penalties,
+    rejection,
+    sampling,
+    speculation,
+)
 from vllm_spec_plugins.cpu.kernels.launch import NeedsGrid
 
 KERNELS: dict[str, Callable[..., None] | NeedsGrid] = {

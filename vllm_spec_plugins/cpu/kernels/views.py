@@ -50,7 +50,7 @@ def at_address(address: int, rows: int, columns: int) -> Array:
     The caller vouches for the memory: it lives as long as the tensor whose data_ptr() was put into the launch.
     """
     buffer = (ctypes.c_int32 * (rows * columns)).from_address(address)
-    return np.frombuffer(buffer, dtype=np.int32).reshape(rows, columns)
+    return np.ctypeslib.as_array(buffer).reshape(rows, columns)
 
 
 def float_rows(logits: torch.Tensor) -> Array:
