@@ -76,12 +76,14 @@ class LookaheadSettings(Settings):
     window: int = setting(
         0, "columns of the Jacobi window; 0: no window, n-grams come from the text alone", least=0, most=64
     )
-    ngram: int = setting(5, "length of the n-grams: the known token and ngram-1 guessed ones", least=2, most=16)
-    guesses: int = setting(4, "n-grams verified per step, merged into one trie", least=1, most=32)
-    nodes: int = setting(0, "most tree nodes for the guesses of one step; 0: guesses * (ngram - 1)", least=0, most=128)
-    draft_length: int = setting(0, "longest guess from the text; 0: ngram - 1", least=0, most=32)
-    min_chance: float = setting(0.1, "a node is verified only if it is this likely to be accepted", least=0.0, most=1.0)
-    prompt_pool: bool = setting(True, "look n-grams up in the prompt and in the text generated so far")
+    ngram: int = setting(5, "length of the window's and pools' n-grams, the known token included", least=2, most=16)
+    guesses: int = setting(4, "continuations looked up per step and source, merged into one trie", least=1, most=32)
+    nodes: int = setting(16, "most tree nodes for the guesses of one step", least=1, most=128)
+    draft_length: int = setting(16, "longest guess from the text, at least ngram - 1", least=1, most=64)
+    min_chance: float = setting(
+        0.12, "a node is verified only if it is this likely to be accepted", least=0.0, most=1.0
+    )
+    prompt_pool: bool = setting(True, "guess from the prompt and the text generated so far")
     shared_pool: bool = setting(
         False, "one n-gram pool for all requests: their texts show in each other's drafts and timing"
     )
@@ -91,10 +93,6 @@ class LookaheadSettings(Settings):
             raise SettingError(
                 f"{FLAG} {self.name}: window=0 with prompt_pool=false leaves nothing to draft from; "
                 f"use window>=1, prompt_pool=true or shared_pool=true"
-            )
-        if self.window and self.ngram < 3:
-            raise SettingError(
-                f"{FLAG} {self.name}: ngram={self.ngram} is too short for a window; use ngram>=3 or window=0"
             )
 
 
