@@ -118,6 +118,7 @@ class Server:
         self.command = ["vllm", "serve", str(model), *arguments]
         self._environment = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", **(environment or {})}
         self._process: subprocess.Popen[bytes] | None = None
+        self._watchdog: subprocess.Popen[bytes] | None = None
         self._paused = False
 
     @property
@@ -141,6 +142,9 @@ class Server:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
             )
+        # Should this program be killed, the pipe closes and the whole group ends, paused or not.
+        guard = f"read nothing; kill -KILL -{self._process.pid}"
+        self._watchdog = subprocess.Popen(["/bin/sh", "-c", guard], stdin=subprocess.PIPE, start_new_session=True)
 
     def wait(self, timeout: float = START) -> None:
         """Return when the server answers. Raises ServerError when it dies or takes longer than `timeout` seconds."""
@@ -198,6 +202,10 @@ class Server:
             self._signal(signal.SIGKILL)
             self._process.wait()
             self._process = None
+            if self._watchdog is not None:
+                with self._watchdog as watchdog:
+                    watchdog.kill()
+                self._watchdog = None
 
     def __enter__(self) -> Self:
         self.start()

@@ -145,20 +145,20 @@ def test_only_one_server_runs_and_paused_ones_can_be_stopped(tmp_path: Path) -> 
     assert eventually(lambda: all(gone(process) for process in (*processes(first), *processes(second))))
 
 
-def test_sigterm_stops_the_servers_of_a_program(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_servers_end_with_the_program_that_started_them(tmp_path: Path, number: signal.Signals) -> None:
     program = (
-        "import sys, pathlib; from vllm_spec_plugins.tools import server as m\n"
+        "import pathlib, time; from vllm_spec_plugins.tools import server as m\n"
         f"m.LAUNCH = {module.LAUNCH!r}; m.STOP = 0.3; m.stop_on_sigterm()\n"
-        f"with m.Server('s', 'model', ['--do', 'serve'], pathlib.Path({str(tmp_path / 's.log')!r})):\n"
-        "    print('up', flush=True); import time; time.sleep(60)\n"
+        f"with m.Server('s', 'model', ['--do', 'serve'], pathlib.Path({str(tmp_path / 's.log')!r})) as server:\n"
+        "    server.pause(); print('up', flush=True); time.sleep(60)\n"
     )
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as running_program:
-        assert running_program.stdout is not None
-        assert running_program.stdout.readline() == "up\n"
-        running_program.send_signal(signal.SIGTERM)
-        assert running_program.wait(20) == 128 + signal.SIGTERM
-    started = (tmp_path / "s.log").read_text().splitlines()
-    both = [int(word) for word in next(line for line in started if line.startswith("processes")).split()[1:3]]
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as starter:
+        assert starter.stdout is not None
+        assert starter.stdout.readline() == "up\n"
+        starter.send_signal(number)
+        assert starter.wait(20) == (128 + number if number == signal.SIGTERM else -number)
+    both = processes(Server("s", "model", [], tmp_path / "s.log"))
     assert eventually(lambda: all(gone(process) for process in both))
 
 
