@@ -77,7 +77,7 @@ class LookaheadSettings(Settings):
         0, "columns of the Jacobi window; 0: no window, n-grams come from the text alone", least=0, most=64
     )
     ngram: int = setting(5, "length of the window's and pools' n-grams, the known token included", least=2, most=16)
-    guesses: int = setting(4, "continuations looked up per step and source, merged into one trie", least=1, most=32)
+    guesses: int = setting(1, "continuations looked up per step and source, merged into one trie", least=1, most=32)
     nodes: int = setting(16, "most tree nodes for the guesses of one step", least=1, most=128)
     draft_length: int = setting(16, "longest guess from the text, at least ngram - 1", least=1, most=64)
     min_chance: float = setting(

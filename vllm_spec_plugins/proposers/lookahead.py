@@ -65,7 +65,7 @@ class LookaheadProposer:
         device: torch.device | str = "cpu",
         window: int = 0,
         ngram: int = 5,
-        guesses: int = 4,
+        guesses: int = 1,
         nodes: int | None = None,
         draft_length: int | None = 16,
         min_chance: float = 0.12,
@@ -121,7 +121,17 @@ class LookaheadProposer:
         if self.pool:
             sources.append(self._from_pool(ctx))
         ngrams, odds = sources[0] if len(sources) == 1 else (torch.cat(part, 1) for part in zip(*sources, strict=True))
-        return trie(ngrams, self.trie_nodes, limit, odds, self.min_chance)
+        return trie(ngrams, self.trie_nodes, limit, odds, self._least_chance(len(ctx.slots)))
+
+    def _least_chance(self, batch: int) -> float:
+        """Chance at which a node pays for its row when `batch` requests share the step.
+
+        A step costs 1 + r * rows, so a row more is worth its chance of a token if that exceeds the tokens per cost of
+        plain decoding: r * B / (1 + r * B). `min_chance` is that for one request, and tells r: min_chance of .12 is
+        .52 for eight requests, and goes to 1 under load, where rows are all that a step costs.
+        """
+        share = batch * self.min_chance
+        return share / (1.0 - self.min_chance + share) if share else 0.0
 
     def _from_pool(self, ctx: StepContext) -> tuple[Tensor, Tensor]:
         """Pool n-grams that begin with the root, padded to [B, G, L], and their odds."""

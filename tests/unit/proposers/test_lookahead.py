@@ -100,6 +100,7 @@ def seen_as(request, model):
     ids=str,
 )
 def test_another_requests_text_never_changes_a_requests_drafts(settings, rng):
+    settings = settings | {"min_chance": 0.0}  # how many requests there are may matter (the next test), never their texts
     model = MarkovTarget(12, 2, 0.8, 5)
     texts = prompts(rng, 5, 12)
     together = run(model, texts, rng, slots=3, **settings)
@@ -109,6 +110,13 @@ def test_another_requests_text_never_changes_a_requests_drafts(settings, rng):
         assert len(alone.proposed[0]) > 0
         assert together.proposed[request] == alone.proposed[0]
         assert crowd.proposed[request] == alone.proposed[0]
+
+
+def test_a_node_must_be_likelier_the_more_requests_share_the_step():
+    proposer = LookaheadProposer(max_requests=64, min_chance=0.12)
+    least = [proposer._least_chance(batch) for batch in (1, 8, 64)]
+    assert least == pytest.approx([0.12, 0.522, 0.897], abs=1e-3)
+    assert LookaheadProposer(max_requests=1, min_chance=0.0)._least_chance(64) == 0.0
 
 
 def test_a_shared_pool_lets_a_request_draft_from_what_another_emitted(rng):
