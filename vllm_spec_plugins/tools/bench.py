@@ -26,7 +26,7 @@ from vllm_spec_plugins.config import SettingError
 from vllm_spec_plugins.registry import resolve
 from vllm_spec_plugins.tools import identity, report
 from vllm_spec_plugins.tools.load import GREEDY, PROMPTS, SAMPLED, TARGET, load_prompts
-from vllm_spec_plugins.tools.server import ServerError, running, stop_on_sigterm
+from vllm_spec_plugins.tools.server import Server, ServerError, running, stop_on_sigterm
 from vllm_spec_plugins.tools.speed import Configuration, measure, plain, plugin, serve, vllm_ngram
 
 # fp32: in bf16 plain vLLM itself gives other tokens at another batch size.
@@ -39,8 +39,7 @@ def speed(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple[di
     if not arguments.no_ngram:
         configurations.append(vllm_ngram(arguments.ngram_drafts, arguments.ngram_longest))
     prompts = load_prompts(arguments.prompts_file, arguments.prompts)
-    servers = _servers(configurations, arguments, ARGUMENTS)
-    say(f"starting {len(servers)} servers")
+    servers = _servers(configurations, arguments, ARGUMENTS, say)
     with running(servers):
         rows = measure(
             configurations,
@@ -63,9 +62,8 @@ def check_identity(arguments: argparse.Namespace, say: Callable[[str], None]) ->
     """Greedy output against both plain runners', sampled output with seeds against the same runner's."""
     configurations = [*plain(), *map(plugin, arguments.plugin)]
     prompts = load_prompts(arguments.prompts_file, arguments.prompts)
-    servers = _servers(configurations, arguments, ARGUMENTS)
+    servers = _servers(configurations, arguments, ARGUMENTS, say)
     concurrency = arguments.concurrency[0] if arguments.concurrency else 8
-    say(f"starting {len(servers)} servers")
     with running(servers):
         found = identity.check(
             configurations, servers, prompts, max_tokens=arguments.max_tokens, concurrency=concurrency, say=say
@@ -89,8 +87,9 @@ def check_distribution(
     model = distribution.ExactModel(arguments.model)
     reports, tables, sound = [], [], True
     for configuration in map(plugin, arguments.plugin):
-        (server,) = _servers([configuration], arguments, [*distribution.ARGUMENTS, "--seed", str(arguments.seed)])
-        say(f"starting {configuration.name}, --seed {arguments.seed}")
+        (server,) = _servers(
+            [configuration], arguments, [*distribution.ARGUMENTS, "--seed", str(arguments.seed)], say
+        )
         with server:
             outcomes = distribution.check(server, model, arguments.samples, say)
         p, other, right = distribution.verdict(outcomes)
@@ -113,9 +112,20 @@ def check_distribution(
     return {"distributions": reports}, tables, sound
 
 
-def _servers(configurations: Sequence[Configuration], arguments: argparse.Namespace, own: Sequence[str]) -> list[Any]:
+def _servers(
+    configurations: Sequence[Configuration],
+    arguments: argparse.Namespace,
+    own: Sequence[str],
+    say: Callable[[str], None],
+) -> list[Server]:
+    names = [configuration.name for configuration in configurations]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{twice[0]} would be measured twice; give it once")
     logs = arguments.logs or Path(tempfile.mkdtemp(prefix="vllm-spec-bench-"))
-    return serve(configurations, arguments.model, [*own, *arguments.serve], logs, arguments.threads)
+    servers = serve(configurations, arguments.model, [*own, *arguments.serve], logs, arguments.threads)
+    for server in servers:
+        say(f"starting {' '.join(server.command)} (log: {server.log})")
+    return servers
 
 
 MEASUREMENTS: dict[str, Callable[..., tuple[dict[str, Any], list[Table], bool]]] = {
@@ -124,7 +134,7 @@ MEASUREMENTS: dict[str, Callable[..., tuple[dict[str, Any], list[Table], bool]]]
     "distribution": check_distribution,
 }
 # prompts, max_tokens
-DEFAULTS = {"speed": (24, 128), "identity": (200, 128), "distribution": (0, 0)}
+DEFAULTS = {"speed": (16, 128), "identity": (200, 128), "distribution": (0, 0)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -134,7 +144,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--model", type=Path, default=TARGET, help="checkpoint (the tiny one of the checkout)")
     parser.add_argument("--prompts-file", type=Path, default=PROMPTS, help='JSON lines with a "prompt" each')
-    parser.add_argument("--prompts", type=int, metavar="N", help="how many of them (speed: 24, identity: 200)")
+    parser.add_argument("--prompts", type=int, metavar="N", help="how many of them (speed: 16, identity: 200)")
     parser.add_argument("--max-tokens", type=int, metavar="N", help="per prompt (128)")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="speed: measurements per line (%(default)s)")
     parser.add_argument(

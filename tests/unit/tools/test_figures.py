@@ -153,6 +153,12 @@ def test_a_wrong_plugin_ends_before_any_server_starts(command: str, capsys: pyte
     assert "there is no plugin 'lookahed'" in " ".join(capsys.readouterr().out.split())
 
 
+def test_a_configuration_given_twice_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for twice in (["--plugin", "none"], ["--plugin", "lookahead", "--plugin", "lookahead"]):
+        assert cli.main(["bench", "speed", "--prompts", "2", *twice]) == 2
+        assert "would be measured twice; give it once" in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize("arguments", [[], ["nonsense"], ["doctor", "--nonsense"], ["bench", "everything"]])
 def test_wrong_usage_ends_with_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as leaving:
