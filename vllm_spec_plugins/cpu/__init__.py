@@ -32,7 +32,26 @@ def install(*, for_every_engine: bool = True, async_scheduling: bool | None = No
         apply(HOOKS + INTERPRETED)
     else:  # a Triton that compiles for the CPU: vLLM's own kernels run
         apply(HOOKS)
+    _warn_of_broken_companions()
     if for_every_engine:
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
     if async_scheduling is not None:
         os.environ[ASYNC_VARIABLE] = "1" if async_scheduling else "0"
+
+
+# Set once the companions of torch were looked at, for the processes that this one starts.
+_CHECKED = "SPEC_PLUGINS_COMPANIONS_CHECKED"
+
+
+def _warn_of_broken_companions() -> None:
+    """One sentence before transformers imports what is going to fail with a riddle."""
+    from vllm_spec_plugins.cpu.distribution import broken_companions, companion_sentence, doubtful_companions
+
+    if os.environ.get(_CHECKED) == "1":
+        return
+    os.environ[_CHECKED] = "1"
+    broken = broken_companions(doubtful_companions())
+    if broken:
+        from vllm.logger import init_logger
+
+        init_logger(f"vllm.{__name__}").warning(companion_sentence(broken))

@@ -94,13 +94,20 @@ def write_metadata(site_packages: Path, version: str) -> Path:
     return folder
 
 
-def broken_companions() -> dict[str, str]:
+def doubtful_companions() -> list[str]:
+    """Companions that are not marked as CPU builds beside a torch that is: likely broken, and found without an import."""
+    if not (_version("torch") or "").endswith("+cpu"):
+        return []
+    return [name for name in COMPANIONS if not (_version(name) or "+cpu").endswith("+cpu")]
+
+
+def broken_companions(names: Sequence[str] = COMPANIONS) -> dict[str, str]:
     """Installed companions of torch that do not import beside it: name -> last line of the error.
 
     Each import runs in a process of its own: a failed one leaves torch's operator registry half filled.
     """
     broken = {}
-    for name in COMPANIONS:
+    for name in names:
         if _version(name) is None:
             continue
         run = subprocess.run(

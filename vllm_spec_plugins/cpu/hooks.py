@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from vllm_spec_plugins.cpu import lane
+from vllm_spec_plugins.cpu import lane, threads
 from vllm_spec_plugins.cpu.kernels.launch import NeedsGrid
 from vllm_spec_plugins.cpu.kernels.nucleus import apply_top_k_top_p
 from vllm_spec_plugins.cpu.kernels.sampling import draw
@@ -49,11 +49,12 @@ def _getitem_with_grid(original: Callable[[Any, Any], Any]) -> Callable[[Any, An
     return __getitem__
 
 
-def _keep_async_scheduling(original: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
+def _configured(original: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
     def check_and_update_config(cls: Any, vllm_config: Any) -> None:
         scheduler = vllm_config.scheduler_config
         asked = scheduler.async_scheduling
         original(cls, vllm_config)
+        threads.configure(vllm_config)
         if os.environ.get(ASYNC_VARIABLE) == "1":
             scheduler.async_scheduling = asked
 
@@ -96,9 +97,7 @@ def _drawn_directly(original: Callable[..., Any]) -> Callable[..., Any]:
                 use_fp64,
                 logits_cache_source,
             )
-        best, _ = draw(
-            logits, expanded_idx_mapping, temperature, seed, pos, apply_temperature, is_drafting, use_fp64
-        )
+        best, _ = draw(logits, expanded_idx_mapping, temperature, seed, pos, apply_temperature, is_drafting, use_fp64)
         return torch.from_numpy(best)
 
     return gumbel_sample
@@ -107,10 +106,10 @@ def _drawn_directly(original: Callable[..., Any]) -> Callable[..., Any]:
 HOOKS: tuple[Hook, ...] = (
     Hook(
         target="vllm.platforms.cpu:CpuPlatform.check_and_update_config",
-        why="the CPU platform turns async scheduling off; tests of that path on the CPU need it on",
+        why="thread settings that vLLM lacks; tests of async scheduling, which the CPU platform turns off",
         signature="(cls, vllm_config)",
-        upstream="stays: for tests only, without effect unless VLLM_SPEC_CPU_ASYNC=1",
-        replacement=_keep_async_scheduling,
+        upstream="goes when vLLM's CPU platform runs more workers than memory nodes",
+        replacement=_configured,
     ),
 )
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plain decoding on the fast lane against vLLM's own CPU runner: time per step, both measured alternately in one run.
 
-    python -m tests.engine.cpu.bench_runner [--json] [--rounds 12] [--steps 40] [--batch 1 8] [--sampled] [--model DIR]
+    python -m tests.engine.cpu.bench_runner [--json] [--rounds 12] [--steps 40] [--batch 1 8] [--sampled] [--compiled]
 
 Two processes are alive at once, one per runner; they take turns, a round each, so that whatever else the machine does
 meets both. A figure is the median over all decoding steps; the ratio is of medians. CPU time is given beside wall time:
@@ -87,7 +87,9 @@ class Child:
         self.process.wait(timeout=60)
 
 
-def measure(batches: list[int], rounds: int, steps: int, sampled: bool, settings: dict[str, Any]) -> list[dict[str, Any]]:
+def measure(
+    batches: list[int], rounds: int, steps: int, sampled: bool, settings: dict[str, Any]
+) -> list[dict[str, Any]]:
     children = {lane: Child(lane, settings) for lane in LANES}
     try:
         for child in children.values():
@@ -133,8 +135,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--sampled", action="store_true", help="temperature 0.8, top-p 0.95 instead of greedy")
     parser.add_argument("--model", help="a model folder instead of the tiny target")
+    parser.add_argument("--compiled", action="store_true", help="compile the model, as vllm serve does by default")
     arguments = parser.parse_args()
-    settings = {"model": arguments.model} if arguments.model else {}
+    settings: dict[str, Any] = {"enforce_eager": not arguments.compiled}
+    if arguments.model:
+        settings["model"] = arguments.model
     rows = measure(arguments.batch, arguments.rounds, arguments.steps, arguments.sampled, settings)
     if arguments.json:
         print(json.dumps({"rows": rows}))

@@ -165,7 +165,9 @@ def test_vllms_own_ngram_drafts_change_no_greedy_token(prompts: list[list[int]],
     drafting = {"method": "ngram_gpu", "num_speculative_tokens": 4, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
     plain, features = greedy_batches(prompts)
     # vLLM refuses logit bias together with drafts.
-    kept = [i for i, (name, params) in enumerate(GREEDY.items()) if "logit_bias" not in params and name != "prompt_logprobs"]
+    kept = [
+        i for i, (name, params) in enumerate(GREEDY.items()) if "logit_bias" not in params and name != "prompt_logprobs"
+    ]
     found = decode("fast", [plain, [features[i] for i in kept]], speculative_config=drafting, **CHUNKED)
     assert tokens(found["batches"][0]) == tokens(fast["batches"][0])
     assert tokens(found["batches"][1]) == [fast["batches"][1][i]["tokens"] for i in kept]

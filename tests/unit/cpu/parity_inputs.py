@@ -95,9 +95,7 @@ def _filled_tables(draw: Draw, num_groups: int, full: bool = False, **settings: 
     for table in tables.input_block_tables:
         table.fill_(55)
     for request in range(6):
-        blocks = tuple(
-            draw.ints(1, 500, width if full else draw.int(1, width)).tolist() for width in columns
-        )
+        blocks = tuple(draw.ints(1, 500, width if full else draw.int(1, width)).tolist() for width in columns)
         tables.append_block_ids(request, blocks, overwrite=True)
     tables.apply_staged_writes()
     return tables
@@ -150,9 +148,7 @@ def sampled_and_draft_tokens(draw: Draw) -> tuple[Any, ...]:
 def sampled_and_rejected_counts(draw: Draw) -> tuple[Any, ...]:
     b = Batch(draw)
     num_sampled = (draw.uniform(0, 1, b.num_reqs) * b.num_logits).int() + 1
-    return input_batch.get_num_sampled_and_rejected(
-        num_sampled, b.seq_lens, b.cu_num_logits, b.states, b.prefill_len
-    )
+    return input_batch.get_num_sampled_and_rejected(num_sampled, b.seq_lens, b.cu_num_logits, b.states, b.prefill_len)
 
 
 @case("input_batch._post_update_kernel")

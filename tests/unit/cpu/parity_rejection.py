@@ -25,7 +25,9 @@ _ALWAYS = tuple(
 )
 
 
-def _verify(draw: Draw, block: bool = False, synthetic: bool = False, fp64: bool = False, one_hot: bool | None = None) -> Any:
+def _verify(
+    draw: Draw, block: bool = False, synthetic: bool = False, fp64: bool = False, one_hot: bool | None = None
+) -> Any:
     vocab_size = (draw.int(8, 60), draw.int(8200, 9000))[draw.int(0, 3) == 0]
     states = draw.states(draw.int(1, MAX_NUM_REQS), MAX_NUM_REQS)
     counts = draw.ints(1, STEPS + 1, len(states))

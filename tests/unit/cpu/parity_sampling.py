@@ -217,9 +217,7 @@ def replayed_traces(draw: Draw) -> tuple[Any, ...]:
     return (sampled,)
 
 
-@case(
-    "sample.thinking_budget._update_committed_marker_cache_kernel", "sample.thinking_budget._thinking_budget_kernel"
-)
+@case("sample.thinking_budget._update_committed_marker_cache_kernel", "sample.thinking_budget._thinking_budget_kernel")
 def thinking_budgets(draw: Draw) -> tuple[Any, ...]:
     r = Rows(draw, vocab_size=40)
     total_len = draw.ints(0, 30, MAX_NUM_REQS)

@@ -86,11 +86,15 @@ def test_a_companion_that_fails_on_import_is_found_and_named(monkeypatch: pytest
     assert distribution.FIX_COMMAND in distribution.companion_sentence(broken)
 
 
+def test_a_companion_without_the_cpu_mark_is_doubtful_beside_a_cpu_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = {"torch": "2.13.0+cpu", "torchvision": "0.28.0", "torchaudio": "2.11.0+cpu"}
+    monkeypatch.setattr(distribution, "_version", versions.get)
+    assert distribution.doubtful_companions() == ["torchvision"]
+    versions["torch"] = "2.13.0"
+    assert distribution.doubtful_companions() == []
+
+
 def test_it_runs_without_vllm_and_torch() -> None:
-    code = (
-        "import sys\n"
-        "sys.modules['vllm'] = sys.modules['torch'] = None\n"
-        "import vllm_spec_plugins.cpu.distribution\n"
-    )
+    code = "import sys\nsys.modules['vllm'] = sys.modules['torch'] = None\nimport vllm_spec_plugins.cpu.distribution\n"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

@@ -10,6 +10,7 @@ from vllm_spec_plugins.cpu.kernels import (
     drafting,
     grammar,
     inputs,
+    likelihoods,
     logprobs,
     penalties,
     rejection,
@@ -20,6 +21,6 @@ from vllm_spec_plugins.cpu.kernels.launch import NeedsGrid
 
 KERNELS: dict[str, Callable[..., None] | NeedsGrid] = {
     name: replacement
-    for area in (inputs, blocks, sampling, penalties, logprobs, grammar, speculation, rejection, drafting)
+    for area in (inputs, blocks, sampling, penalties, logprobs, grammar, speculation, likelihoods, rejection, drafting)
     for name, replacement in area.KERNELS.items()
 }

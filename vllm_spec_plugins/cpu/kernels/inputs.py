@@ -36,7 +36,9 @@ def apply_write(
         addresses, strides, groups = output_ptr.tolist(), output_stride.tolist(), write_group_ids_ptr.tolist()
         for group, (row, start, end) in zip(groups, writes, strict=True):
             stride = strides[group]
-            at_address(addresses[group] + 4 * row * stride, 1, stride)[0, start : start + end - begin] = contents[begin:end]
+            at_address(addresses[group] + 4 * row * stride, 1, stride)[0, start : start + end - begin] = contents[
+                begin:end
+            ]
             begin = end
     else:
         flat = view(output_ptr).reshape(-1)

@@ -105,7 +105,9 @@ def ngram_finalize(
     score = scratch_ptr.numpy()[: len(states), :N_BLOCKS].max(axis=1)
     matched, position = np.divmod(score - 1, L + 1)
     start = np.where(score > 0, position + matched, 0)
-    available = np.where((score > 0) & (num_sampled_ptr.numpy()[: len(states)] > 0), total_len_ptr.numpy()[states] - start, 0)
+    available = np.where(
+        (score > 0) & (num_sampled_ptr.numpy()[: len(states)] > 0), total_len_ptr.numpy()[states] - start, 0
+    )
     column = np.arange(K)
     following = token_ids_ptr.numpy()[states[:, None], np.minimum(start[:, None] + column, L - 1)]
     last = last_sampled_ptr.numpy()[states]
