@@ -79,9 +79,8 @@ def test_a_companion_that_fails_on_import_is_found_and_named(monkeypatch: pytest
     (tmp_path / "torchbroken.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')\n")
     (tmp_path / "torch.py").write_text("")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(distribution, "COMPANIONS", ("torchbroken", "torchabsent"))
     monkeypatch.setattr(distribution, "_version", lambda name: "1.0" if name == "torchbroken" else None)
-    broken = distribution.broken_companions()
+    broken = distribution.broken_companions(("torchbroken", "torchabsent"))
     assert broken == {"torchbroken": "RuntimeError: operator torchvision::nms does not exist"}
     assert distribution.FIX_COMMAND in distribution.companion_sentence(broken)
 
