@@ -22,7 +22,7 @@ GREEDY: dict[str, dict[str, Any]] = {
     "bias": {"logit_bias": {FAVOURITE: 100.0, FAVOURITE + 1: -100.0}},
     "bad_words": {"logit_bias": {FAVOURITE: 100.0}, "bad_words": [WORD]},
     "allowed": {"allowed_token_ids": list(range(200, 900))},
-    "min_tokens": {"stop_token_ids": list(range(200, 320)), "min_tokens": 9},
+    "min_tokens": {"logit_bias": {FAVOURITE: 100.0}, "stop_token_ids": [FAVOURITE], "min_tokens": 9},
     "logprobs": {"logprobs": 4},
     "prompt_logprobs": {"prompt_logprobs": 3},
     "choice": {"grammar": {"choice": ["alpha", "beta", "gamma delta"]}},
@@ -124,7 +124,7 @@ def test_features_change_what_they_should(fast: dict[str, Any]) -> None:
     assert FAVOURITE not in found["bad_words"]["tokens"]
     assert set(found["allowed"]["tokens"]) <= set(range(200, 900))
     assert found["bias"]["tokens"] == [FAVOURITE] * TOKENS
-    assert len(found["min_tokens"]["tokens"]) >= 9
+    assert found["min_tokens"]["tokens"].index(FAVOURITE) == len(found["min_tokens"]["tokens"]) - 1 == 9
     assert found["min_tokens"]["finish"] == "stop"
     assert found["choice"]["text"] in GREEDY["choice"]["grammar"]["choice"]
     assert re.fullmatch(GREEDY["regex"]["grammar"]["regex"], found["regex"]["text"])
