@@ -177,7 +177,7 @@ def run(arguments: argparse.Namespace) -> int:
     begin = time.monotonic()
 
     def say(what: str) -> None:
-        out.print(f"[{time.monotonic() - begin:5.0f} s] {what}", markup=False, highlight=False)
+        out.print(f"[{time.monotonic() - begin:5.0f} s] {what}", markup=False, highlight=False, soft_wrap=True)
 
     try:
         for spec in arguments.plugin:
