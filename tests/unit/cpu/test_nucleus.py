@@ -87,3 +87,10 @@ def test_a_row_does_not_depend_on_the_others(seed: int) -> None:
     for row in range(16):
         alone = apply_top_k_top_p(logits[row : row + 1].clone(), None, p[:1])
         assert torch.equal(alone[0], together[row])
+
+
+def test_logits_of_another_dtype_are_copied() -> None:
+    logits = torch.tensor([[1.0, 3.0, 2.0]], dtype=torch.bfloat16)
+    found = apply_top_k_top_p(logits, torch.tensor([2]), None)
+    assert found.tolist() == [[-INF, 3.0, 2.0]]
+    assert logits.tolist() == [[1.0, 3.0, 2.0]]
