@@ -20,7 +20,8 @@ def apply_top_k_top_p(logits: Tensor, k: Tensor | None, p: Tensor | None) -> Ten
     """Mask what is not among the k largest logits and not in the nucleus of mass p of those; returns the masked logits.
 
     logits: float32[n, vocab_size], masked in place (of another dtype: a float32 copy); k: int[n], p: float32[n].
-    Ties as in vLLM's torch version: equals of the k-th largest are all kept; of equals at the edge of the nucleus those with the lower token ids go first. The largest is always kept.
+    Ties as in vLLM's torch version: equals of the k-th largest are all kept;
+    of equals at the edge of the nucleus those with the lower token ids go first. The largest is always kept.
     """
     logits = logits.float()
     rows: Array = logits.numpy()
