@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
-from vllm import envs
 from vllm.config import VllmConfig
 
 from vllm_spec_plugins.config import FLAG, SettingError, Settings
@@ -27,7 +27,8 @@ def check_version(found: str) -> None:
 
 def check_arguments(engine_args: Any, settings: Settings) -> None:
     """Raise SettingError when other flags, or the environment, contradict the plugin."""
-    if envs.VLLM_USE_V2_MODEL_RUNNER is False:
+    # Not vllm.envs: it keeps what it read when an engine was first built in this process.
+    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "").strip().lower() in ("0", "false"):
         raise SettingError(f"{FLAG} {settings.name}: VLLM_USE_V2_MODEL_RUNNER=0 asks for another runner; unset it")
     if engine_args.speculative_config:
         raise SettingError(
