@@ -165,9 +165,10 @@ def main() -> None:
         f"{'batch':>5} {'V1 ms':>8} {'V2 ms':>8} {'ratio':>6} {'V1 CPU ms':>10} {'V2 CPU ms':>10} {'ratio':>6}  all pairs"
     )
     for row in rows:
+        ratios = " ".join(f"{ratio:.3f}" for ratio in row["ratios"])
         print(
             f"{row['batch']:>5} {row['v1_ms']:>8.2f} {row['v2_ms']:>8.2f} {row['ratio']:>6.3f} "
-            f"{row['v1_cpu_ms']:>10.2f} {row['v2_cpu_ms']:>10.2f} {row['cpu_ratio']:>6.3f}  {' '.join(f'{ratio:.3f}' for ratio in row['ratios'])}"
+            f"{row['v1_cpu_ms']:>10.2f} {row['v2_cpu_ms']:>10.2f} {row['cpu_ratio']:>6.3f}  {ratios}"
         )
 
 
