@@ -39,6 +39,7 @@ class Oracle:
 
     def __init__(self, nodes: int, vocab_size: int, seed: int = 0) -> None:
         self.num_nodes = self.max_depth = nodes
+        self.reads_draws = False
         self.vocab_size = vocab_size
         self.texts: list[list[int]] = []
         self.right = self.branching = True
@@ -56,7 +57,7 @@ class Oracle:
         self.new_requests += 1
 
     def propose(self, ctx: StepContext) -> TokenTree:
-        self.accepted += int(ctx.accepted.sum())
+        self.accepted += int((ctx.num_emitted - 1).clamp(min=0).sum())
         tokens = torch.full((len(ctx.slots), self.num_nodes), -1, dtype=torch.int64)
         parents = torch.zeros_like(tokens)
         for b, (slot, length) in enumerate(zip(ctx.slots.tolist(), ctx.lengths.tolist(), strict=True)):

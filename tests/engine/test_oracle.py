@@ -12,6 +12,8 @@ import torch
 
 import vllm_spec_plugins
 from tests.engine.oracle import Oracle
+from vllm_spec_plugins import compiled
+from vllm_spec_plugins.engine import attention
 
 TOKENS = 40
 # Every sampling feature that must be right on a tree's paths; requests take them in turn.
@@ -86,9 +88,16 @@ def tight(engine: Callable[..., Any]) -> tuple[Any, Oracle]:
 
 @pytest.mark.parametrize("right", [True, False], ids=["hidden-truth", "always-wrong"])
 @pytest.mark.parametrize("branching", [True, False], ids=["trees", "chains"])
+@pytest.mark.parametrize("loops", [True, False], ids=["loops", "tensors"])
 def test_output_is_plain_decodings_under_chunked_prefill_preemption_and_prefix_caching(
-    tight: tuple[Any, Oracle], reference: Reference, right: bool, branching: bool
+    tight: tuple[Any, Oracle],
+    reference: Reference,
+    right: bool,
+    branching: bool,
+    loops: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(compiled, "use_loops", loops)
     llm, oracle = tight
     oracle.prepare(reference.texts, right, branching)
     assert differing(llm, reference) == []
@@ -124,7 +133,12 @@ def no_commit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def causal_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vllm_spec_plugins.engine.state.TreeState._branched", staticmethod(lambda tree: False))
+    plain = attention.CPUAttentionMetadataBuilder.build
+
+    def build(self: Any, *args: Any, trees: Any = None, **kwargs: Any) -> Any:
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(attention.TreeAttentionBuilder, "build", build)
 
 
 def linear_positions(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,9 +106,7 @@ def test_prompt_logprobs_equal_plain_decodings(plain: Any, lookahead: Any, promp
             assert all(a[token].logprob == pytest.approx(b[token].logprob, abs=1e-4) for token in a)
 
 
-def test_mean_acceptance_length_is_tokens_per_target_step(
-    engine: Callable[..., Any], prompts: list[list[int]]
-) -> None:
+def test_mean_acceptance_length_is_tokens_per_target_step(engine: Callable[..., Any], prompts: list[list[int]]) -> None:
     """Steps without drafts count: 1 + accepted / drafts is what a request gets from one pass of the model."""
     from vllm import SamplingParams
 

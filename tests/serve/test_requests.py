@@ -164,7 +164,9 @@ def test_a_constrained_answer_ends_where_its_grammar_does(
     none: Server, lookahead: Server, prompts: list[str], wanted: Wanted, sampling: Sampling
 ) -> None:
     """Without whitespace: a model that knows no JSON may go on with that for ever."""
-    grammar = {"structured_outputs": {"regex": r'\{"name":"(alpha|beta)","exact":(true|false),"sizes":\[[123],[123]\]\}'}}
+    grammar = {
+        "structured_outputs": {"regex": r'\{"name":"(alpha|beta)","exact":(true|false),"sizes":\[[123],[123]\]\}'}
+    }
     mine = send(lookahead, prompts[:6], sampling, max_tokens=64, concurrency=4, extra=grammar)
     assert mine.replies == wanted(none, 6, sampling, 64, grammar)
     for reply in mine.replies:

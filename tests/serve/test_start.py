@@ -35,13 +35,25 @@ SLIDING_WINDOW = {
 
 # name: (arguments, environment, what the one sentence must say)
 REFUSED: dict[str, tuple[list[str], dict[str, str], list[str]]] = {
-    "name": ([MODEL, "--plugin", "lookahed"], {}, ["'lookahed'", "did you mean 'lookahead'?", "valid are none, lookahead"]),
-    "key": ([MODEL, "--plugin", "lookahead:windw=3"], {}, ["'windw'", "did you mean 'window'?", "valid are window, ngram"]),
+    "name": (
+        [MODEL, "--plugin", "lookahed"],
+        {},
+        ["'lookahed'", "did you mean 'lookahead'?", "valid are none, lookahead"],
+    ),
+    "key": (
+        [MODEL, "--plugin", "lookahead:windw=3"],
+        {},
+        ["'windw'", "did you mean 'window'?", "valid are window, ngram"],
+    ),
     "type": ([MODEL, "--plugin", "lookahead:window=wide"], {}, ["window=wide", "whole number"]),
     "range": ([MODEL, "--plugin", "lookahead:guesses=99"], {}, ["guesses=99", "valid are 1 to 32"]),
     "json": ([MODEL, "--plugin", '{"name": "lookahead", '], {}, ["not valid JSON", '{"name": "lookahead"']),
     "twice": ([MODEL, "--plugin", "lookahead", "--plugin", "none"], {}, ["2 times", "lookahead, none"]),
-    "conflict": ([MODEL, "--plugin", "lookahead", "--speculative-config", NGRAM], {}, ["--speculative-config", "only one"]),
+    "conflict": (
+        [MODEL, "--plugin", "lookahead", "--speculative-config", NGRAM],
+        {},
+        ["--speculative-config", "only one"],
+    ),
     "yaml": ([MODEL, "--config", "plugin.yaml"], {}, ["guesses=0", "valid are 1 to 32"]),
     "environment": ([MODEL], {"VLLM_SPEC_PLUGIN": "lookahed"}, ["'lookahed'", "valid are none, lookahead"]),
     "model": (["sliding", "--tokenizer", MODEL, "--plugin", "lookahead"], {}, ["sliding-window", "--plugin none"]),

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,20 @@ def _next_power_of_2(_: Any) -> Callable[[int], int]:
         return 1 << (n - 1).bit_length() if n > 0 else n
 
     return next_power_of_2
+
+
+def _without_llvmlite(original: Callable[[Any], None]) -> Callable[[Any], None]:
+    name = "llvmlite.binding.ffi"
+
+    def _rebind_kernels(overrides: Any) -> None:
+        hidden = sys.modules.pop(name, None)
+        try:
+            original(overrides)
+        finally:
+            if hidden is not None:
+                sys.modules[name] = hidden
+
+    return _rebind_kernels
 
 
 def _register_after(original: Callable[[Any], None]) -> Callable[[Any], None]:
@@ -110,6 +125,13 @@ HOOKS: tuple[Hook, ...] = (
         signature="(cls, vllm_config)",
         upstream="goes when vLLM's CPU platform runs more workers than memory nodes",
         replacement=_configured,
+    ),
+    Hook(
+        target="vllm.triton_utils.dispatcher:_rebind_kernels",
+        why="it looks into every object of every module and dies of llvmlite's, whose `__dict__` is a C function's proxy",
+        signature="(overrides)",
+        upstream="goes when the scan checks what vars() gave it; patches/vllm-0.32.0 has it",
+        replacement=_without_llvmlite,
     ),
 )
 

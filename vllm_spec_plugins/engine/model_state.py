@@ -84,7 +84,7 @@ class TreeModelState(ModelState):
 
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
         inputs = super().prepare_inputs(input_batch, req_states)
-        if self.state.trees is not None:
+        if self.state.trees is not None and self.state.trees.branched:  # a chain's rows stand where they are
             positions = self._positions[: input_batch.num_tokens_after_padding].copy_(input_batch.positions)
             inputs["positions"] = tree_positions(positions, self.state.trees, input_batch)
         return inputs
@@ -93,8 +93,8 @@ class TreeModelState(ModelState):
         self, idx_mapping: Tensor, num_sampled: Tensor, num_computed_tokens: Tensor | None = None
     ) -> None:
         super().postprocess_state(idx_mapping, num_sampled, num_computed_tokens)
-        verified = self.state.verified
-        if verified is None:
+        trees, verified = self.state.trees, self.state.verified
+        if trees is None or verified is None or not trees.branched:  # what a chain accepts stands in its slots already
             return
         assert num_computed_tokens is not None
         root = num_computed_tokens[idx_mapping].long() - num_sampled.long()

@@ -16,8 +16,9 @@ from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
 
+from vllm_spec_plugins.compiled import loops_for
 from vllm_spec_plugins.engine.state import StepTrees, TreeState, Verified
-from vllm_spec_plugins.tree.accept import Acceptance, AcceptRule
+from vllm_spec_plugins.tree.accept import Acceptance, AcceptRule, Walk
 from vllm_spec_plugins.tree.tree import TokenTree
 
 
@@ -47,12 +48,11 @@ class TreeVerifier:
         if invalid_drafts is not None:
             tree = _without_invalid(tree, trees.request, local, invalid_drafts)
         num_nans = get_num_nans(logits) if self.sampler.compute_nans else None
-        sampled, processed = self._draw(logits, input_batch, trees, local)
-
-        drawn = torch.full(
-            (input_batch.num_reqs, tree.tokens.shape[1] + 1), -1, dtype=torch.int64, device=logits.device
-        )
-        drawn[trees.request, local] = sampled
+        processed, position = self._process(logits, input_batch, trees, local)
+        if self._walks_alone(processed):
+            drawn = self._draw_reached(processed, position, tree, input_batch, trees)
+        else:
+            drawn, processed = self._draw_all(processed, position, input_batch, trees, local)
         acceptance = self.rule(tree, drawn)
         self.state.verified = Verified(tree, drawn, acceptance)
 
@@ -72,13 +72,17 @@ class TreeVerifier:
             num_rejected=num_rejected,
         )
 
-    def _draw(self, logits: Tensor, batch: InputBatch, trees: StepTrees, local: Tensor) -> tuple[Tensor, Tensor]:
-        """What plain decoding would draw at each row: the same processors, the same noise, keyed by the row's position.
+    def _walks_alone(self, processed: Tensor) -> bool:
+        """Whether rows are drawn one after the other as the walk comes by: no device waits, and nobody else asks."""
+        only_the_walk = isinstance(self.rule, Walk) and not self.state.reads_draws
+        return only_the_walk and loops_for(processed) and not self.sampler.use_fp64_gumbel
 
-        Returns the drawn tokens [L] int64 and the processed logits [L, V].
-        """
+    def _process(self, logits: Tensor, batch: InputBatch, trees: StepTrees, local: Tensor) -> tuple[Tensor, Tensor]:
+        """What plain decoding would draw from at each row, [L, V], but for top-k and top-p; and each row's position."""
         sampler = self.sampler
-        position = batch.positions[batch.logits_indices] + trees.tree.depth[trees.request, local] - local
+        position = batch.positions[batch.logits_indices]
+        if trees.branched:
+            position = position + trees.tree.depth[trees.request, local] - local
         input_ids = batch.input_ids[batch.logits_indices]
         rows = (batch.expanded_idx_mapping, position, input_ids, batch.expanded_local_pos)
         seq_lens = batch.seq_lens_cpu_upper_bound.numpy()
@@ -91,11 +95,43 @@ class TreeVerifier:
         processed = sampler.apply_sampling_params(
             logits, slot, batch.idx_mapping, batch.idx_mapping_np, at, token, behind, seq_lens, skip_top_k_top_p=True
         )
-        if keep is not None:
-            processed = processed[keep]
+        return (processed if keep is None else processed[keep]), position
+
+    def _draw_all(
+        self, processed: Tensor, position: Tensor, batch: InputBatch, trees: StepTrees, local: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Draw at every row, with the noise that plain decoding has at its position.
+
+        Returns [B, N + 1] int64, -1 where there is no row, and the logits after top-k and top-p.
+        """
+        sampler = self.sampler
         top_k, top_p = sampler.sampling_states.get_top_k_top_p(batch.expanded_idx_mapping, batch.idx_mapping_np)
-        return sampler._sample_random(
+        sampled, processed = sampler._sample_random(
             processed, batch.expanded_idx_mapping, batch.idx_mapping_np, position, top_k, top_p, use_fused_sampler=False
+        )
+        rows = trees.tree.tokens.shape[1] + 1
+        drawn = torch.full((batch.num_reqs, rows), -1, dtype=torch.int64, device=processed.device)
+        drawn[trees.request, local] = sampled
+        return drawn, processed
+
+    def _draw_reached(
+        self, processed: Tensor, position: Tensor, tree: TokenTree, batch: InputBatch, trees: StepTrees
+    ) -> Tensor:
+        """Draw where the walk comes by and nowhere else: the same draws, of which most trees need few."""
+        from vllm_spec_plugins.cpu.kernels.reached import draw_reached
+
+        states = self.sampler.sampling_states
+        top_k, top_p = states.get_top_k_top_p(batch.expanded_idx_mapping, batch.idx_mapping_np)
+        slots = batch.idx_mapping_np
+        return draw_reached(
+            processed,
+            tree,
+            trees.num_rows,
+            states.temperature.np[slots],
+            states.seeds.np[slots],
+            position,
+            top_k,
+            top_p,
         )
 
     def _reads_history(self, slots: np.ndarray) -> bool:

@@ -58,6 +58,7 @@ class TreeSpeculator(BaseSpeculator):
             self.proposer.max_depth,
             device,
             on_new_request=self.proposer.add_request,
+            reads_draws=self.proposer.reads_draws,
         )
         cast("Any", req_states).tree_state = self.state
 
@@ -92,7 +93,9 @@ class TreeSpeculator(BaseSpeculator):
         slots = input_batch.idx_mapping
         if dummy_run:
             return self.state.tokens.new_zeros(len(slots), self.proposer.num_nodes)
-        verified = self.state.verified or self._nothing_verified(slots, last_sampled)
+        verified = None
+        if self.proposer.reads_draws:
+            verified = self.state.verified or self._nothing_verified(slots, last_sampled)
         # Every request can have grown by one token beyond what it computed.
         max_length = int(input_batch.seq_lens_cpu_upper_bound[: input_batch.num_reqs].max()) + 1
         tree = self.proposer.propose(
@@ -102,9 +105,8 @@ class TreeSpeculator(BaseSpeculator):
                 lengths=self.req_states.total_len.gpu[slots].long(),
                 max_length=min(max_length, self.req_states.max_model_len),
                 num_emitted=num_sampled,
-                drawn=verified.drawn,
-                tree=verified.tree,
-                accepted=verified.acceptance.num_accepted,
+                drawn=verified.drawn if verified else None,
+                tree=verified.tree if verified else None,
                 budget=num_speculative_tokens,
             )
         )

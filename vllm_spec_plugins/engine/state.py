@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vllm_spec_plugins.compiled import loops_for
 from vllm_spec_plugins.tree.accept import Acceptance
 from vllm_spec_plugins.tree.tree import TokenTree
 
@@ -53,6 +54,7 @@ class TreeState:
 
     Attributes:
         tokens, parents: [R, N] int64, the tree each request will have verified next (TokenTree's layout).
+        reads_draws: the proposer looks at the draws of rows that were not accepted, so every row is drawn.
         on_new_request: called with slot and prompt length when a request moves in (the proposer's memory of the slot).
         chain_only: [R] bool, requests whose nodes must form a chain (grammar masks advance along the row order).
         trees: this step's trees; None when no request has drafts.
@@ -66,8 +68,9 @@ class TreeState:
         max_depth: int,
         device: torch.device,
         on_new_request: Callable[[int, int], None],
+        reads_draws: bool,
     ) -> None:
-        self.num_nodes, self.max_depth = num_nodes, max_depth
+        self.num_nodes, self.max_depth, self.reads_draws = num_nodes, max_depth, reads_draws
         self._on_new_request = on_new_request
         self.tokens = torch.full((max_requests, num_nodes), -1, dtype=torch.int64, device=device)
         self.parents = torch.zeros(max_requests, num_nodes, dtype=torch.int64, device=device)
@@ -95,29 +98,30 @@ class TreeState:
         if num_drafts is None or not num_drafts.any():
             return
         num_rows = num_drafts.astype(np.int64) + 1
+        num_trees = int(np.flatnonzero(num_drafts)[-1]) + 1
+        if loops_for(self.tokens):
+            tree, branched, request = self._scheduled(slots, num_rows - 1)
+            self.trees = StepTrees(tree, num_rows, num_trees, request, branched)
+            return
         request = torch.from_numpy(np.repeat(np.arange(len(num_rows)), num_rows))
         scheduled = torch.from_numpy(num_rows - 1)
         tree = TokenTree(self.tokens[slots], self.parents[slots], self.max_depth)
         tree = tree.truncate(scheduled.to(slots.device, non_blocking=True))
-        self.trees = StepTrees(
-            tree=tree,
-            num_rows=num_rows,
-            num_trees=int(np.flatnonzero(num_drafts)[-1]) + 1,
-            request=request.to(slots.device, non_blocking=True),
-            branched=self._branched(tree),
+        # Whether a tree branches would have to be asked of the device.
+        self.trees = StepTrees(tree, num_rows, num_trees, request.to(slots.device, non_blocking=True), branched=True)
+
+    def _scheduled(self, slots: Tensor, counts: np.ndarray) -> tuple[TokenTree, bool, Tensor]:
+        from vllm_spec_plugins.tree import loops
+
+        tokens, parents, branched, request = loops.scheduled(
+            self.tokens.numpy(), self.parents.numpy(), slots.numpy(), counts
         )
+        tree = TokenTree(torch.from_numpy(tokens), torch.from_numpy(parents), self.max_depth)
+        return tree, bool(branched), torch.from_numpy(request)
 
     def end_step(self) -> None:
         """Forget the step: dummy runs and steps without drafts must not see an earlier step's trees."""
         self.trees = self.verified = None
-
-    @staticmethod
-    def _branched(tree: TokenTree) -> bool:
-        """Whether any tree branches. On a GPU always true: asking would synchronise."""
-        if tree.tokens.device.type != "cpu":
-            return True
-        place = torch.arange(tree.tokens.shape[1])
-        return bool(((tree.parents != place) & (tree.tokens >= 0)).any())
 
     def store(self, slots: Tensor, tree: TokenTree) -> TokenTree:
         """Keep `tree` [B, N] as the next trees of `slots`; returns it as stored (chains where only chains are valid)."""

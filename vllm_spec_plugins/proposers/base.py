@@ -21,9 +21,9 @@ class StepContext:
         lengths: [B] int64, known tokens; the next root is token_ids[slot, length - 1].
         max_length: host-side upper bound of `lengths` (spares a synchronisation).
         num_emitted: [B] int64, tokens that this step emitted; 0 = still inside the prompt, its tree is not used.
-        drawn: [B, N + 1] int64, the target's draw at each row of `tree`; -1 where no row was computed.
-        tree: the tree that was verified in this step, after any cut by the scheduler.
-        accepted: [B] int64, accepted nodes.
+        drawn: [B, N + 1] int64, the target's draw at each row of `tree`; -1 where no row was computed. None unless the
+            proposer `reads_draws`.
+        tree: the tree that was verified in this step, after any cut by the scheduler; None with `drawn`.
         hidden: [B, H], the target's last hidden state at the row that drew the new root; None if not kept.
         budget: at most this many nodes may be proposed; None = N.
     """
@@ -33,9 +33,8 @@ class StepContext:
     lengths: Tensor
     max_length: int
     num_emitted: Tensor
-    drawn: Tensor
-    tree: TokenTree
-    accepted: Tensor
+    drawn: Tensor | None = None
+    tree: TokenTree | None = None
     hidden: Tensor | None = None
     budget: int | None = None
 
@@ -50,11 +49,13 @@ class Proposer(Protocol):
         name: as written in settings and metrics.
         num_nodes: N, the fixed number of nodes of every tree it returns.
         max_depth: no node lies deeper.
+        reads_draws: it looks at the draws of rows that were not accepted (a CPU draws only what the walk needs, if not).
     """
 
     name: str
     num_nodes: int
     max_depth: int
+    reads_draws: bool
 
     def add_request(self, slot: int, prompt_len: int) -> None:
         """Forget whatever is known of row `slot`: a new request has moved in."""

@@ -8,6 +8,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from vllm_spec_plugins.compiled import loops_for
+
 # Chance that the next token repeats, by how many tokens before it repeat already (0, 1, ..). Held-out source code,
 # 16,000 positions, best match of each: .25 .50 .66 .72 .77 .82 .85 .80 .83, and .85 to .9 from there to 16 and on.
 # A guess goes along the table as it gets longer: found with two equal tokens it has .50, then .65, then .72 ...
@@ -47,6 +49,14 @@ def history_guesses(
         guesses [B, G, L] int64, all -1 where there is none; odds [B, G, L] float that a token is right if those
         before it are.
     """
+    if loops_for(token_ids):
+        from vllm_spec_plugins.proposers import loops
+
+        odds_of = _odds(guesses, token_ids.device).double().numpy()
+        found = loops.history_guesses(
+            token_ids.numpy(), slots.numpy(), lengths.numpy(), guesses, length, SEARCHED, odds_of
+        )
+        return torch.from_numpy(found[0]), torch.from_numpy(found[1])
     span = min(max_length, token_ids.shape[1])
     text = token_ids[:, :span].index_select(0, slots)  # [B, T]
     batch, device = len(slots), text.device

@@ -81,6 +81,7 @@ class LookaheadProposer:
         self.length = max(draft_length or 0, ngram - 1)
         self.trie_nodes = guesses * (ngram - 1) if nodes is None else nodes
         self.num_nodes, self.max_depth = self.trie_nodes, min(self.length, self.trie_nodes)
+        self.reads_draws = bool(window)
         self.window: LookaheadWindow | None = None
         self.pool: NgramPool | None = None
         self.shared_pool = shared_pool

@@ -63,6 +63,7 @@ class LookaheadWindow:
         level = level.view(-1, 1)
         picked = self._picked(ctx)
 
+        assert ctx.drawn is not None
         # The last filled row's place in the tree; its draws are missing where the tree was cut or never verified.
         row = level * width + self._column
         row = (row + (row > 0) * start.view(-1, 1)).clamp_(0, ctx.drawn.shape[1] - 1)

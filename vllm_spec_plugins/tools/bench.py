@@ -58,7 +58,9 @@ def speed(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple[di
     return {"rows": [row.as_dict() for row in rows]}, [table], lossless
 
 
-def check_identity(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple[dict[str, Any], list[Table], bool]:
+def check_identity(
+    arguments: argparse.Namespace, say: Callable[[str], None]
+) -> tuple[dict[str, Any], list[Table], bool]:
     """Greedy output against both plain runners', sampled output with seeds against the same runner's."""
     configurations = [*plain(), *map(plugin, arguments.plugin)]
     prompts = load_prompts(arguments.prompts_file, arguments.prompts)
@@ -87,9 +89,7 @@ def check_distribution(
     model = distribution.ExactModel(arguments.model)
     reports, tables, sound = [], [], True
     for configuration in map(plugin, arguments.plugin):
-        (server,) = _servers(
-            [configuration], arguments, [*distribution.ARGUMENTS, "--seed", str(arguments.seed)], say
-        )
+        (server,) = _servers([configuration], arguments, [*distribution.ARGUMENTS, "--seed", str(arguments.seed)], say)
         with server:
             outcomes = distribution.check(server, model, arguments.samples, say)
         p, other, right = distribution.verdict(outcomes)
@@ -108,7 +108,9 @@ def check_distribution(
             table.add_row(ending, str(o.groups), statistic, f"{o.result.p:.3f}", accepted)
         tables.append(table)
         prompts = [o.as_dict() for o in outcomes]
-        reports.append({"configuration": configuration.name, "p": p, "p_other": other, "sound": right, "prompts": prompts})
+        reports.append(
+            {"configuration": configuration.name, "p": p, "p_other": other, "sound": right, "prompts": prompts}
+        )
     return {"distributions": reports}, tables, sound
 
 
@@ -148,7 +150,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-tokens", type=int, metavar="N", help="per prompt (128)")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="speed: measurements per line (%(default)s)")
     parser.add_argument(
-        "--concurrency", type=int, action="append", metavar="N", help="requests at a time; several times for speed (1, 8)"
+        "--concurrency",
+        type=int,
+        action="append",
+        metavar="N",
+        help="requests at a time; several times for speed (1, 8)",
     )
     parser.add_argument("--samples", type=int, default=4000, metavar="N", help="distribution: per prompt (%(default)s)")
     parser.add_argument(
@@ -163,7 +169,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="OpenMP threads per server, sleeping when they wait; 1 where anything else runs (as the environment says)",
     )
-    parser.add_argument("--logs", type=Path, metavar="FOLDER", help="where the servers' logs go (a new temporary folder)")
+    parser.add_argument(
+        "--logs", type=Path, metavar="FOLDER", help="where the servers' logs go (a new temporary folder)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write figures, machine and versions there")
 
 

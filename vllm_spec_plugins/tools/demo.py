@@ -56,7 +56,9 @@ def run(arguments: argparse.Namespace) -> int:
             out.print(f"  {' '.join(server.command)} --port {server.port}", highlight=False, soft_wrap=True)
         try:
             with running(servers):
-                out.print(f"All answer after {time.monotonic() - begin:.0f} s. {len(prompts)} prompts from held-out text:")
+                out.print(
+                    f"All answer after {time.monotonic() - begin:.0f} s. {len(prompts)} prompts from held-out text:"
+                )
                 rows = measure(
                     configurations,
                     servers,

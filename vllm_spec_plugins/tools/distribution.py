@@ -32,7 +32,16 @@ TEMPERATURE, OTHER_TEMPERATURE = 0.8, 0.9
 LENGTH = 3
 # What a server gets beside the configuration's own: prompts share their prefix through the cache. A --seed must be added:
 # unseeded requests draw their seeds from the server's, so that two servers with one seed give the same samples.
-ARGUMENTS = ("--dtype", "float32", "--max-model-len", "256", "--block-size", "32", "--kv-cache-memory-bytes", str(1 << 29))
+ARGUMENTS = (
+    "--dtype",
+    "float32",
+    "--max-model-len",
+    "256",
+    "--block-size",
+    "32",
+    "--kv-cache-memory-bytes",
+    str(1 << 29),
+)
 PER_REQUEST = 200
 
 

@@ -30,7 +30,9 @@ def examine() -> Iterator[Finding]:
         import torch
         import vllm
     except Exception as error:  # a broken build raises anything, and that is the finding
-        yield Finding("vllm", "does not import", f"vLLM cannot be imported ({error}); install it for this machine first")
+        yield Finding(
+            "vllm", "does not import", f"vLLM cannot be imported ({error}); install it for this machine first"
+        )
         return
     yield Finding("torch", torch.__version__)
     yield _try("vllm", lambda: _version(vllm.__version__))
@@ -76,7 +78,11 @@ def _platform() -> str:
     if current_platform.is_unspecified():
         raise RuntimeError("vLLM finds no platform to run on: install the build for this machine's device")
     name = str(current_platform.device_type)
-    return name if HAS_TRITON or not current_platform.is_cpu() else f"{name}, without Triton: torch versions of its kernels"
+    return (
+        name
+        if HAS_TRITON or not current_platform.is_cpu()
+        else f"{name}, without Triton: torch versions of its kernels"
+    )
 
 
 def _flag_hooks() -> str:

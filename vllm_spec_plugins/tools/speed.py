@@ -52,7 +52,11 @@ def vllm_ngram(drafts: int = 4, longest: int = 4) -> Configuration:
 
 
 def serve(
-    configurations: Sequence[Configuration], model: Path | str, arguments: Sequence[str], logs: Path, threads: int | None
+    configurations: Sequence[Configuration],
+    model: Path | str,
+    arguments: Sequence[str],
+    logs: Path,
+    threads: int | None,
 ) -> list[Server]:
     """A server per configuration, not started.
 
@@ -135,7 +139,9 @@ def measure(
     """
     rows: list[Row] = []
     for sampling in samplings:
-        taking_part = [(c, s) for c, s in zip(configurations, servers, strict=True) if c.sampled or not sampling.temperature]
+        taking_part = [
+            (c, s) for c, s in zip(configurations, servers, strict=True) if c.sampled or not sampling.temperature
+        ]
         for concurrency in concurrencies:
             say(f"{sampling.name}, {concurrency} at a time")
 
@@ -154,7 +160,10 @@ def measure(
 
 
 def _enter(
-    taking_part: Sequence[tuple[Configuration, Server]], sampling: Sampling, batches: dict[str, Batch], lines: dict[str, Row]
+    taking_part: Sequence[tuple[Configuration, Server]],
+    sampling: Sampling,
+    batches: dict[str, Batch],
+    lines: dict[str, Row],
 ) -> None:
     """One round's figures into the rows."""
     fastest_plain = max(batches[c.name].tokens_per_second for c, _ in taking_part if c.plain)

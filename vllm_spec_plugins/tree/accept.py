@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from vllm_spec_plugins.compiled import loops_for
 from vllm_spec_plugins.tree.tree import TokenTree
 
 
@@ -65,12 +66,22 @@ class AcceptRule(Protocol):
 
 def deepest_reachable(tree: TokenTree, wrong: Tensor) -> Tensor:
     """[B] int64: the deepest row, the first of several, with no `wrong` [B, N] node on its path; 0 = the root alone."""
+    if loops_for(wrong):
+        from vllm_spec_plugins.tree import loops
+
+        return torch.from_numpy(loops.deepest_reachable(tree.parents.numpy(), tree.depth.numpy(), wrong.numpy()))
     blocked = (tree.ancestors()[:, :, 1:] & wrong.unsqueeze(1)).any(-1)  # [B, N + 1]: never the root
     return tree.depth.masked_fill(blocked, -1).argmax(1)
 
 
 def accept_down_to(tree: TokenTree, row: Tensor, drawn: Tensor) -> Acceptance:
     """Accept the path from the root to `row` [B] and emit the target's draw at `row` behind it."""
+    if loops_for(row):
+        from vllm_spec_plugins.tree import loops
+
+        tokens, parents, depth = tree.tokens.numpy(), tree.parents.numpy(), tree.depth.numpy()
+        found = loops.accept_down_to(tokens, parents, depth, row.numpy(), drawn.numpy(), tree.max_depth)
+        return Acceptance(*map(torch.from_numpy, found))
     path = tree.path(row)  # [B, D]
     num_accepted = tree.depth.gather(1, row.unsqueeze(1))  # [B, 1]
     # The token *at* each row; the root's is not emitted, and padding (row 0) reads as -1.
@@ -95,6 +106,11 @@ class Walk:
     needs_target = False
 
     def __call__(self, tree: TokenTree, drawn: Tensor, target: TargetRows | None = None) -> Acceptance:
+        if loops_for(drawn):
+            from vllm_spec_plugins.tree import loops
+
+            arrays = (each.numpy() for each in (tree.tokens, tree.parents, tree.depth, drawn))
+            return accept_down_to(tree, torch.from_numpy(loops.walk_end(*arrays)), drawn)
         absent = (tree.tokens | drawn[:, 1:]) < 0  # no node, or a node whose row was cut before verification
         wrong = (tree.tokens != drawn.gather(1, tree.parents)) | absent  # [B, N]
         return accept_down_to(tree, deepest_reachable(tree, wrong), drawn)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from vllm_spec_plugins.compiled import loops_for
 from vllm_spec_plugins.tree.tree import TokenTree
 
 
@@ -44,6 +45,11 @@ def trie(
     """
     batch, count, length = ngrams.shape
     cap = nodes if limit is None else min(limit, nodes)
+    if odds is not None and loops_for(ngrams):
+        from vllm_spec_plugins.tree import loops
+
+        tokens, links = loops.trie(ngrams.numpy(), nodes, cap, odds.double().numpy(), least)
+        return TokenTree(torch.from_numpy(tokens), torch.from_numpy(links), min(length, nodes))
     same = (ngrams.unsqueeze(2) == ngrams.unsqueeze(1)).cumprod(-1)  # [B, G, G, L]: equal up to and including l
     first = same.argmax(2)  # [B, G, L]: the n-gram that owns the node (itself at the latest)
     exists = ngrams >= 0

@@ -14,6 +14,8 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
+from vllm_spec_plugins.compiled import loops_for
+
 
 @lru_cache(maxsize=16)
 def _bit_values(device: torch.device) -> Tensor:
@@ -67,6 +69,10 @@ class TokenTree:
     @cached_property
     def depth(self) -> Tensor:
         """[B, N + 1] int64: 0 for the root."""
+        if loops_for(self.parents):
+            from vllm_spec_plugins.tree import loops
+
+            return torch.from_numpy(loops.depths(self.parents.numpy()))
         return self.ancestors().sum(-1) - 1
 
     def ancestors(self) -> Tensor:
@@ -75,6 +81,10 @@ class TokenTree:
 
     @cached_property
     def _ancestors(self) -> Tensor:
+        if loops_for(self.parents):
+            from vllm_spec_plugins.tree import loops
+
+            return torch.from_numpy(loops.ancestors(self.parents.numpy()))
         batch, nodes = self.tokens.shape
         reach = torch.eye(nodes + 1, device=self.tokens.device).repeat(batch, 1, 1)
         reach[:, 1:].scatter_(2, self.parents.long().unsqueeze(2), 1.0)
@@ -100,6 +110,10 @@ class TokenTree:
 
     def path(self, row: Tensor) -> Tensor:
         """[B, max_depth] int64: the rows from the root (left out) down to `row` [B], padded with 0."""
+        if loops_for(row):
+            from vllm_spec_plugins.tree import loops
+
+            return torch.from_numpy(loops.paths(self.parents.numpy(), self.depth.numpy(), row.numpy(), self.max_depth))
         batch, rows = self.depth.shape
         on_path = self.ancestors().gather(1, row.view(batch, 1, 1).expand(batch, 1, rows)).squeeze(1)
         # Depth tells each row of the path its place; all others fall into a column that is cut off.

@@ -155,7 +155,6 @@ def simulate(
             num_emitted=num_emitted.to(torch.int32),
             drawn=drawn,
             tree=tree,
-            accepted=kept.num_accepted,
             budget=budget(),
         )
         proposed = proposer.propose(ctx)

@@ -100,7 +100,9 @@ def seen_as(request, model):
     ids=str,
 )
 def test_another_requests_text_never_changes_a_requests_drafts(settings, rng):
-    settings = settings | {"min_chance": 0.0}  # how many requests there are may matter (the next test), never their texts
+    settings = settings | {
+        "min_chance": 0.0
+    }  # how many requests there are may matter (the next test), never their texts
     model = MarkovTarget(12, 2, 0.8, 5)
     texts = prompts(rng, 5, 12)
     together = run(model, texts, rng, slots=3, **settings)

@@ -56,7 +56,7 @@ def test_cells_and_ngrams_are_the_papers(width, ngram, rng):
         token_ids = torch.zeros(2, 200, dtype=torch.int32)
         token_ids[1, : len(text)] = torch.tensor(text)
         slots, length, count = torch.tensor([1]), torch.tensor([len(text)]), torch.tensor([emitted])
-        ctx = StepContext(slots, token_ids, length, len(text), count, drawn, tree, accepted=count - 1)
+        ctx = StepContext(slots, token_ids, length, len(text), count, drawn, tree)
         ngrams, real = window.advance(ctx)
         if naive is None:
             naive, expected = NaiveWindow(width, ngram, text[-1]), []
@@ -95,9 +95,7 @@ def test_a_step_whose_window_was_not_computed_leaves_its_rows_and_reads_nothing(
     slots = torch.tensor([0])
 
     def advance(length, emitted, tree, drawn):
-        ctx = StepContext(
-            slots, token_ids, torch.tensor([length]), length, torch.tensor([emitted]), drawn, tree, torch.tensor([0])
-        )
+        ctx = StepContext(slots, token_ids, torch.tensor([length]), length, torch.tensor([emitted]), drawn, tree)
         return window.advance(ctx)
 
     empty = TokenTree.empty(1, 2)
@@ -129,7 +127,7 @@ def test_the_tokens_picked_for_empty_cells_depend_on_the_text_alone(rng):
         slots = torch.tensor([slot, 1])
         tree = TokenTree.empty(2, window.num_nodes)
         drawn = torch.full((2, window.num_nodes + 1), -1)
-        window.advance(StepContext(slots, token_ids, lengths, 30, torch.ones(2).int(), drawn, tree, torch.zeros(2)))
+        window.advance(StepContext(slots, token_ids, lengths, 30, torch.ones(2).int(), drawn, tree))
         picked.append(window.cells[slot, 0])
     assert torch.equal(*picked)
     assert picked[0][0] == token_ids[0, 24]

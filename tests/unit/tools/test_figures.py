@@ -170,7 +170,10 @@ def test_wrong_usage_ends_with_status_2(arguments: list[str], capsys: pytest.Cap
 def test_the_doctor_ends_with_status_1_and_the_sentences_when_something_does_not_fit(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    findings = [doctor.Finding("python", "3"), doctor.Finding("vllm", "does not fit", "vLLM 9 is too new; install 0.32")]
+    findings = [
+        doctor.Finding("python", "3"),
+        doctor.Finding("vllm", "does not fit", "vLLM 9 is too new; install 0.32"),
+    ]
     monkeypatch.setattr(doctor, "examine", lambda: iter(findings))
     assert cli.main(["doctor"]) == 1
     shown = capsys.readouterr()

@@ -122,7 +122,10 @@ def test_a_server_that_dies_is_reported_with_the_end_of_its_log(tmp_path: Path) 
 
 def test_a_server_that_takes_too_long_is_reported_and_stopped(tmp_path: Path) -> None:
     server = make(tmp_path, "hang")
-    with pytest.raises(ServerError, match=r"did not answer within 1 s: vllm serve model"), running([server], timeout=1.0):
+    with (
+        pytest.raises(ServerError, match=r"did not answer within 1 s: vllm serve model"),
+        running([server], timeout=1.0),
+    ):
         pass
     assert server._process is None
 
