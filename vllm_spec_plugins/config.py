@@ -68,7 +68,14 @@ class NoneSettings(Settings):
 
 
 @dataclass(frozen=True)
-class LookaheadSettings(Settings):
+class SpeculationSettings(Settings):
+    """What every method that speculates has."""
+
+    adapt: bool = setting(True, "leave out drafts that cost more time than they save, as measured while serving")
+
+
+@dataclass(frozen=True)
+class LookaheadSettings(SpeculationSettings):
     """Lookahead decoding (arXiv 2402.02057) with a verification trie; ``window=0`` is prompt lookup with a trie."""
 
     name: ClassVar[str] = "lookahead"

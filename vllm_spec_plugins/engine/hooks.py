@@ -94,10 +94,38 @@ def _validate_spec_decode(original: Callable[[Any, Any], None]) -> Callable[[Any
     return _validate_spec_decode
 
 
+def _schedule(original: Callable[..., Any]) -> Callable[..., Any]:
+    def schedule(self: Any, throttle_prefills: bool = False) -> Any:
+        step = original(self, throttle_prefills)
+        if is_tree_method(self.vllm_config.speculative_config):
+            from vllm_spec_plugins.engine import scheduling
+
+            scheduling.scheduled(self, step)
+        return step
+
+    return schedule
+
+
+def _update_draft_token_ids(original: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
+    def update_draft_token_ids(self: Any, draft_token_ids: Any) -> None:
+        if is_tree_method(self.vllm_config.speculative_config):
+            from vllm_spec_plugins.engine import scheduling
+
+            scheduling.decline(self, draft_token_ids)
+        original(self, draft_token_ids)
+
+    return update_draft_token_ids
+
+
 def _update_from_output(original: Callable[..., Any]) -> Callable[..., Any]:
     def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
+        ours = is_tree_method(self.vllm_config.speculative_config)
+        if ours:
+            from vllm_spec_plugins.engine import scheduling
+
+            scheduling.ran(self, scheduler_output, model_runner_output)
         outputs = original(self, scheduler_output, model_runner_output)
-        if is_tree_method(self.vllm_config.speculative_config):
+        if ours:
             from vllm_spec_plugins.engine.metrics import count_steps_without_drafts
 
             count_steps_without_drafts(self.num_spec_tokens, scheduler_output, outputs)
@@ -176,6 +204,20 @@ ENGINE_HOOKS: tuple[Hook, ...] = (
         signature="(self, speculative_config)",
         upstream="goes when the check asks the sampler",
         replacement=_validate_spec_decode,
+    ),
+    Hook(
+        target="vllm.v1.core.sched.scheduler:Scheduler.schedule",
+        why="a step's time, from here to its output, tells what drafts cost",
+        signature="(self, throttle_prefills=False)",
+        upstream="goes when a plugin can decide how many drafts a step verifies",
+        replacement=_schedule,
+    ),
+    Hook(
+        target="vllm.v1.core.sched.scheduler:Scheduler.update_draft_token_ids",
+        why="drafts that cost more time than they save are declined before they are scheduled",
+        signature="(self, draft_token_ids)",
+        upstream="goes with Scheduler.schedule",
+        replacement=_update_draft_token_ids,
     ),
     Hook(
         target="vllm.v1.core.sched.scheduler:Scheduler.update_from_output",

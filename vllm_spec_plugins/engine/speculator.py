@@ -16,6 +16,7 @@ from vllm.v1.worker.gpu.spec_decode.utils import DraftTokensHandler
 from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_spec_plugins.config import Settings
+from vllm_spec_plugins.engine.scheduling import TreeDraftTokenIds
 from vllm_spec_plugins.engine.state import TreeState, Verified
 from vllm_spec_plugins.proposers.base import StepContext
 from vllm_spec_plugins.registry import Surroundings, method_of
@@ -97,7 +98,7 @@ class TreeSpeculator(BaseSpeculator):
         if self.proposer.reads_draws:
             verified = self.state.verified or self._nothing_verified(slots, last_sampled)
         # Every request can have grown by one token beyond what it computed.
-        max_length = int(input_batch.seq_lens_cpu_upper_bound[: input_batch.num_reqs].max()) + 1
+        max_length = int(input_batch.seq_lens_cpu_upper_bound.numpy()[: input_batch.num_reqs].max()) + 1
         tree = self.proposer.propose(
             StepContext(
                 slots=slots,
@@ -112,7 +113,11 @@ class TreeSpeculator(BaseSpeculator):
         )
         self.state.end_step()
         tree = self.state.store(slots, tree)
-        return tree.tokens.clamp(min=0) if self.fixed_shape else tree.tokens
+        if self.fixed_shape:
+            return tree.tokens.clamp(min=0)
+        # To the handler, which is given the same batch.
+        cast("Any", input_batch).tree_gain = tree.num_nodes if tree.gain is None else tree.gain
+        return tree.tokens
 
     def _nothing_verified(self, slots: Tensor, last_sampled: Tensor) -> Verified:
         """A step without trees: each request drew one token, at its root."""
@@ -129,18 +134,20 @@ class TreeDraftsHandler(DraftTokensHandler):
     """Tells a synchronous scheduler how many nodes each tree has, so that no row is computed for an absent node."""
 
     draft_tokens: Tensor | None = None
+    gain: Tensor | None = None
 
     def set_draft_tokens(self, input_batch: InputBatch, draft_tokens: Tensor) -> None:
         super().set_draft_tokens(input_batch, draft_tokens)
         self.draft_tokens = draft_tokens
+        self.gain = getattr(input_batch, "tree_gain", None)
 
     def get_draft_tokens(self) -> DraftTokenIds | None:
         drafts = super().get_draft_tokens()
-        if drafts is None or self.draft_tokens is None:
+        if drafts is None or self.draft_tokens is None or self.gain is None:
             return drafts
         counts = (self.draft_tokens >= 0).sum(1).tolist()
         cut = [ids[:count] for ids, count in zip(drafts.draft_token_ids, counts, strict=True)]
-        return DraftTokenIds(drafts.req_ids, cut)
+        return TreeDraftTokenIds(drafts.req_ids, cut, self.gain.tolist())
 
 
 def _eos_token_ids(vllm_config: VllmConfig) -> tuple[int, ...]:

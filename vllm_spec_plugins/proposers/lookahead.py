@@ -8,6 +8,7 @@ after Saxena, "Prompt Lookup Decoding", 2023. The best tree under a budget is gr
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ from vllm_spec_plugins.tree.tree import TokenTree
 # factor on the odds of each older n-gram of the bucket.
 POOLED = (0.25, 0.5, 0.75)
 OLDER = 0.6
+# Tokens per step that a window is taken to bring by feeding the pool, until its steps have shown what they bring.
+WINDOW_GAIN = 0.5
 
 
 def _pool_odds(guesses: int, length: int, device: torch.device) -> Tensor:
@@ -111,7 +114,10 @@ class LookaheadProposer:
         tree = self._guess(ctx, min(budget, self.trie_nodes))
         if self.window is None:
             return tree
-        return self.window.append_to(tree, ctx.slots, fits=budget >= self.num_nodes)
+        fits = budget >= self.num_nodes
+        tree = self.window.append_to(tree, ctx.slots, fits)
+        # None of its rows is ever accepted: what it brings are the pool's n-grams.
+        return replace(tree, gain=tree.gain + WINDOW_GAIN) if fits and tree.gain is not None else tree
 
     def _guess(self, ctx: StepContext, limit: int) -> TokenTree:
         sources = []

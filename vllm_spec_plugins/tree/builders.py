@@ -40,7 +40,8 @@ def trie(
         ngrams: [B, G, L] int64, -1 behind the end of a shorter n-gram.
         nodes: N, the shape of the result.
         limit: at most this many nodes are present; None = `nodes`.
-        odds: [B, G, L] float, c / (1 - c) with c the chance that the token is right if those before it are.
+        odds: [B, G, L] float, c / (1 - c) with c the chance that the token is right if those before it are; the
+            result's `gain` is the sum of its nodes' chances.
         least: the smallest chance worth a node.
     """
     batch, count, length = ngrams.shape
@@ -48,12 +49,14 @@ def trie(
     if odds is not None and loops_for(ngrams):
         from vllm_spec_plugins.tree import loops
 
-        tokens, links = loops.trie(ngrams.numpy(), nodes, cap, odds.double().numpy(), least)
-        return TokenTree(torch.from_numpy(tokens), torch.from_numpy(links), min(length, nodes))
+        grown = loops.trie(ngrams.numpy(), nodes, cap, odds.double().numpy(), least)
+        tokens, links, chances = map(torch.from_numpy, grown)
+        return TokenTree(tokens, links, min(length, nodes), chances)
     same = (ngrams.unsqueeze(2) == ngrams.unsqueeze(1)).cumprod(-1)  # [B, G, G, L]: equal up to and including l
     first = same.argmax(2)  # [B, G, L]: the n-gram that owns the node (itself at the latest)
     exists = ngrams >= 0
     kept = exists & (first == _column(count, ngrams.device))
+    gain: Tensor | None = None
     if odds is not None and cap > 0:
         chance = _path_chance(odds * exists, same).masked_fill(~kept, -1.0)
         if count * length > cap:
@@ -61,6 +64,7 @@ def trie(
             kept = chance >= least_kept
         else:
             kept = chance >= least
+        gain = (chance * kept).sum((1, 2))
     row = kept.view(batch, -1).cumsum(1)  # [B, G * L]: row of a kept node
     # Row of the prefix that ends at (g, l), looked up at its owner; the parent of (g, l + 1).
     prefix_row = row.view(batch, count, length).gather(1, first)
@@ -69,7 +73,7 @@ def trie(
     out = ngrams.new_zeros(2, batch, nodes + 1)
     out[0].fill_(-1)
     out.scatter_(2, place.expand(2, -1, -1), torch.stack((ngrams.view(batch, -1), parents)))
-    return TokenTree(out[0, :, :nodes], out[1, :, :nodes], min(length, nodes))
+    return TokenTree(out[0, :, :nodes], out[1, :, :nodes], min(length, nodes), gain)
 
 
 @lru_cache(maxsize=32)
@@ -95,7 +99,7 @@ def append(first: TokenTree, tokens: Tensor, parents: Tensor, max_depth: int) ->
         max_depth: depth of the second part.
 
     Returns:
-        [B, T + M] trees; row r > 0 of the second part is row r + first.num_nodes.
+        [B, T + M] trees; row r > 0 of the second part is row r + first.num_nodes. `gain` is that of `first`.
     """
     start = first.num_nodes.unsqueeze(1)
     width = tokens.shape[1]
@@ -105,4 +109,5 @@ def append(first: TokenTree, tokens: Tensor, parents: Tensor, max_depth: int) ->
         pad(first.tokens, (0, width), value=-1).scatter_(1, place, tokens),
         pad(first.parents, (0, width)).scatter_(1, place, moved),
         max(first.max_depth, max_depth),
+        first.gain,
     )

@@ -124,9 +124,10 @@ def scheduled(tokens: Any, parents: Any, slots: Any, counts: Any) -> Any:
 
 @compiled
 def trie(ngrams: Any, nodes: int, limit: int, odds: Any, least: Any) -> Any:
-    """Tokens and parents [B, nodes] of `builders.trie`: ngrams [B, G, L], odds [B, G, L] float64."""
+    """Tokens and parents [B, nodes] and gain [B] of `builders.trie`: ngrams [B, G, L], odds [B, G, L] float64."""
     batch, count, length = ngrams.shape
     out_tokens, out_parents = np.full((batch, nodes), -1, dtype=np.int64), np.zeros((batch, nodes), dtype=np.int64)
+    gain = np.zeros(batch)
     owner = np.empty((count, length), dtype=np.int64)  # the first n-gram that has the same prefix
     chance = np.empty((count, length))
     for b in range(batch):
@@ -158,9 +159,10 @@ def trie(ngrams: Any, nodes: int, limit: int, odds: Any, least: Any) -> Any:
                 elif chance[g, step] >= floor and row < limit:
                     out_tokens[b, row] = ngrams[b, g, step]
                     out_parents[b, row] = rows[g, step - 1] if step else 0
+                    gain[b] += chance[g, step]
                     row += 1
                     rows[g, step] = row
-    return out_tokens, out_parents
+    return out_tokens, out_parents, gain
 
 
 @compiled

@@ -33,11 +33,13 @@ class TokenTree:
         tokens: [B, N] int64; -1 = no node.
         parents: [B, N] int64, row of the parent (0 = root) with parents[:, j] <= j; 0 for absent nodes.
         max_depth: no node lies deeper than this; -1 = N. It sets the width of `path` and the work of `ancestors`.
+        gain: [B] float, how many nodes the proposer expects to be accepted; None = it cannot say.
     """
 
     tokens: Tensor
     parents: Tensor
     max_depth: int = -1
+    gain: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.max_depth < 0:
@@ -126,7 +128,7 @@ class TokenTree:
         """The first `nodes` (one number, or [B]) nodes of each tree; shapes stay."""
         limit = nodes.unsqueeze(1) if isinstance(nodes, Tensor) else nodes
         cut = torch.arange(self.tokens.shape[1], device=self.tokens.device) >= limit
-        return TokenTree(self.tokens.masked_fill(cut, -1), self.parents.masked_fill(cut, 0), self.max_depth)
+        return TokenTree(self.tokens.masked_fill(cut, -1), self.parents.masked_fill(cut, 0), self.max_depth, self.gain)
 
     def validate(self) -> None:
         """Raise ValueError unless this is a packed, ancestors-first tree. Synchronises: for tests and debugging."""
