@@ -40,7 +40,7 @@ def test_settings_survive_the_way_to_another_process() -> None:
     ("value", "sentence"),
     [
         ("lookahed", "there is no plugin 'lookahed' (did you mean 'lookahead'?); valid are none, lookahead"),
-        ("lookahead:windw=3", "there is no setting 'windw' (did you mean 'window'?); valid are window, ngram"),
+        ("lookahead:windw=3", "there is no setting 'windw' (did you mean 'window'?); valid are adapt, window, ngram"),
         ("lookahead:window=many", "lookahead: window=many is not a whole number"),
         ("lookahead:window=1.5", "lookahead: window=1.5 is not a whole number"),
         ("lookahead:min_chance=often", "lookahead: min_chance=often is not a number"),

@@ -18,6 +18,7 @@ PACKAGE = "vllm_spec_plugins"
 LEVELS = {
     "kernels": 0,
     "hook": 0,
+    "compiled": 0,
     "tree": 1,
     "config": 1,
     "proposers": 2,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 
 @dataclass(frozen=True)
@@ -24,25 +25,29 @@ class Draft:
 class StepCost:
     """Time of a decode step as a + b * rows + c * [some request has drafts], tracked by a Kalman filter.
 
-    Times are kept relative to the first one observed. A row is a token whose logits are computed. Before anything is
-    known, a row costs 1% of the first step and drafting 5%: the first drafts are given a chance.
+    Times are kept relative to the median of the first ones, which are not learned from (the very first step of a process
+    compiles). A row is a token whose logits are computed. Before anything is known, a row costs 1% of a step and drafting
+    5%: the first drafts are given a chance.
     """
 
     NOISE = 0.15  # standard deviation of a step's time, as a share of it
-    DRIFT = (2e-5, 1e-6, 2e-5)  # variance per step by which a, b and c may wander
-    CHANGED = 100.0  # factor on it while the times go on surprising
+    DRIFT = (5e-6, 2.5e-7, 5e-6)  # variance per step by which a, b and c may wander
+    FIRST = 8  # steps
+    CHANGED = 400.0  # factor on it while the times go on surprising
 
     def __init__(self) -> None:
         self.unit = 0.0
+        self.first: list[float] = []
         self.last = self.surprise = 0.0  # the last one and a smoothed one, in standard deviations
         self.state = [1.0, 0.01, 0.05]
         self.covariance = [[0.25, 0.0, 0.0], [0.0, 0.02**2, 0.0], [0.0, 0.0, 0.25**2]]
 
     def observe(self, rows: int, drafted: bool, seconds: float) -> None:
         """Learn from one step. A time far from the expected one (a pause of the process) counts as less far."""
-        if self.unit == 0.0:
-            self.unit = seconds
-            self.state[0] -= self.state[1] * rows + self.state[2] * drafted
+        if len(self.first) < self.FIRST:
+            self.first.append(seconds)
+            self.unit = median(self.first)
+            return
         seen = (1.0, float(rows), float(drafted))
         expected = self._of(seen)
         deviation = self.NOISE * max(expected, 1e-3)
@@ -64,14 +69,14 @@ class StepCost:
     @property
     def surprised(self) -> bool:
         """The machine, the load or the length of the texts is not what it was."""
-        return abs(self.surprise) > 1.0
+        return abs(self.surprise) > 1.5
 
     def _of(self, seen: tuple[float, float, float]) -> float:
         a, b, c = self.state
         return a + b * seen[1] + c * seen[2]
 
     def plain(self, batch: int) -> float:
-        """A step of `batch` requests without drafts, in units of the first step."""
+        """A step of `batch` requests without drafts, in units of the first ones."""
         return max(self.state[0] + self.state[1] * batch, 1e-3)
 
     @property
@@ -111,6 +116,7 @@ class Governor:
     """
 
     SOONEST, RAREST = 16, 512  # steps between two looks at the other side
+    IDLE, NAP = 16, 4  # after so many steps without a draft worth verifying, one is asked for every so many steps
 
     def __init__(self) -> None:
         self.cost = StepCost()
@@ -119,11 +125,16 @@ class Governor:
         self.promised: dict[str, float] = {}
         self.paying = True
         self.steps, self.interval, self.looks, self.looking = 0, self.SOONEST, 0, False
-        self.declined = 0
+        self.declined = self.idle = 0
+
+    def asks(self) -> bool:
+        """Whether trees are to be proposed at the end of the next step: looking for them takes time too."""
+        return self.idle < self.IDLE or self.idle % self.NAP == 0
 
     def choose(self, batch: int, drafts: Sequence[Draft]) -> set[str]:
         """The requests whose drafts are to be verified in the next step of `batch` requests."""
         drafts = [draft for draft in drafts if draft.nodes]
+        self.idle += 1
         if not drafts:
             self.promised = {}
             return set()
@@ -141,6 +152,8 @@ class Governor:
             alone = not paying or (self.looks % 2 == 0 and len(chosen) > 1)
             chosen = [max(drafts, key=lambda draft: worth[draft.request])] if alone else []
         self.declined += len(drafts) - len(chosen)
+        if chosen and not self.looking:
+            self.idle = 0
         self.promised = {draft.request: draft.gain for draft in chosen}
         return set(self.promised)
 

@@ -53,6 +53,9 @@ class TreeSpeculator(BaseSpeculator):
                 f"proposer {self.proposer.name} makes trees of {self.proposer.num_nodes} nodes, "
                 f"the engine was set up for {vllm_config.num_speculative_tokens}"
             )
+        self.no_tree = torch.full(
+            (req_states.max_num_reqs, self.proposer.num_nodes), -1, dtype=torch.int64, device=device
+        )
         self.state = TreeState(
             req_states.max_num_reqs,
             self.proposer.num_nodes,
@@ -94,6 +97,9 @@ class TreeSpeculator(BaseSpeculator):
         slots = input_batch.idx_mapping
         if dummy_run:
             return self.state.tokens.new_zeros(len(slots), self.proposer.num_nodes)
+        if num_speculative_tokens == 0 and not self.proposer.remembers:
+            self.state.end_step()
+            return self.no_tree[: len(slots)]
         verified = None
         if self.proposer.reads_draws:
             verified = self.state.verified or self._nothing_verified(slots, last_sampled)
@@ -145,7 +151,7 @@ class TreeDraftsHandler(DraftTokensHandler):
         drafts = super().get_draft_tokens()
         if drafts is None or self.draft_tokens is None or self.gain is None:
             return drafts
-        counts = (self.draft_tokens >= 0).sum(1).tolist()
+        counts = (self.draft_tokens.cpu().numpy() >= 0).sum(1).tolist()
         cut = [ids[:count] for ids, count in zip(drafts.draft_token_ids, counts, strict=True)]
         return TreeDraftTokenIds(drafts.req_ids, cut, self.gain.tolist())
 

@@ -129,6 +129,10 @@ class TreeState:
             place = torch.arange(self.num_nodes, device=tree.tokens.device)
             on_chain = ((tree.parents == place) & (tree.tokens >= 0)).cumprod(1).sum(1)
             tree = tree.truncate(torch.where(self.chain_only[slots], on_chain, self.num_nodes))
+        if loops_for(self.tokens):
+            rows = slots.numpy()
+            self.tokens.numpy()[rows], self.parents.numpy()[rows] = tree.tokens.numpy(), tree.parents.numpy()
+            return tree
         self.tokens[slots] = tree.tokens
         self.parents[slots] = tree.parents
         return tree

@@ -50,12 +50,14 @@ class Proposer(Protocol):
         num_nodes: N, the fixed number of nodes of every tree it returns.
         max_depth: no node lies deeper.
         reads_draws: it looks at the draws of rows that were not accepted (a CPU draws only what the walk needs, if not).
+        remembers: it must be asked after every step, also when no tree can be used, or it loses the thread.
     """
 
     name: str
     num_nodes: int
     max_depth: int
     reads_draws: bool
+    remembers: bool
 
     def add_request(self, slot: int, prompt_len: int) -> None:
         """Forget whatever is known of row `slot`: a new request has moved in."""

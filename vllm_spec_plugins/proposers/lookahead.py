@@ -85,6 +85,7 @@ class LookaheadProposer:
         self.trie_nodes = guesses * (ngram - 1) if nodes is None else nodes
         self.num_nodes, self.max_depth = self.trie_nodes, min(self.length, self.trie_nodes)
         self.reads_draws = bool(window)
+        self.remembers = bool(window or shared_pool)
         self.window: LookaheadWindow | None = None
         self.pool: NgramPool | None = None
         self.shared_pool = shared_pool
