@@ -103,6 +103,28 @@ class LookaheadSettings(SpeculationSettings):
             )
 
 
+@dataclass(frozen=True)
+class JacobiSettings(SpeculationSettings):
+    """Jacobi decoding (arXiv 2305.10427): the target's draws behind a wrong guess are the next guesses."""
+
+    name: ClassVar[str] = "jacobi"
+
+    block: int = setting(16, "tokens that are iterated on together", least=1, most=128)
+    mode: str = setting(
+        "parallel", "parallel: the block slides; blocks: one after the other; hybrid: blocks, then plain"
+    )
+    parallel_tokens: int = setting(0, "hybrid: tokens of an answer that are decoded in blocks", least=0, most=1 << 20)
+
+    def check(self) -> None:
+        if self.mode not in (modes := ("parallel", "blocks", "hybrid")):
+            raise SettingError(f"{FLAG} {self.name}: mode={self.mode} is not valid; valid are {', '.join(modes)}")
+        if (self.mode == "hybrid") != (self.parallel_tokens > 0):
+            raise SettingError(
+                f"{FLAG} {self.name}: mode={self.mode} with parallel_tokens={self.parallel_tokens} does not go together; "
+                f"mode=hybrid needs parallel_tokens>=1, the other modes leave it out"
+            )
+
+
 def parse_plugin(value: str | Mapping[str, Any], known: Mapping[str, type[Settings]]) -> Settings:
     """One plugin as the flag, JSON, the environment or Python gives it -> its validated settings.
 

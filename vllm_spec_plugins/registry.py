@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from vllm_spec_plugins.config import LookaheadSettings, NoneSettings, Settings, parse_plugin
+from vllm_spec_plugins.config import JacobiSettings, LookaheadSettings, NoneSettings, Settings, parse_plugin
 from vllm_spec_plugins.proposers.base import Proposer
+from vllm_spec_plugins.proposers.jacobi import JacobiProposer
 from vllm_spec_plugins.proposers.lookahead import LookaheadProposer
 from vllm_spec_plugins.tree.accept import AcceptRule, Walk
 
@@ -82,8 +83,19 @@ def _lookahead(settings: LookaheadSettings, around: Surroundings) -> LookaheadPr
     )
 
 
+def _jacobi(settings: JacobiSettings, around: Surroundings) -> JacobiProposer:
+    return JacobiProposer(
+        max_requests=around.max_requests,
+        device=around.device,
+        block=settings.block,
+        mode=settings.mode,
+        parallel_tokens=settings.parallel_tokens,
+    )
+
+
 register(Method(NoneSettings, proposer=None, rule=lambda _: Walk()))
 register(Method(LookaheadSettings, proposer=_lookahead, rule=lambda _: Walk()))
+register(Method(JacobiSettings, proposer=_jacobi, rule=lambda _: Walk()))
 
 
 def resolve(value: str | Mapping[str, Any]) -> Settings:

@@ -218,3 +218,11 @@ def test_no_key_or_value_outside_a_requests_own_tokens_matters(tight: tuple[Any,
     for layer in context.values():
         layer.kv_cache.copy_(torch.randn(layer.kv_cache.shape, generator=generator) * 30)
     assert differing(llm, reference) == []
+
+
+@pytest.mark.parametrize("settings", [{"block": 7}, {"block": 4, "mode": "blocks"}], ids=["sliding", "blocks"])
+def test_jacobi_iteration_ends_at_plain_decodings_text(
+    engine: Callable[..., Any], reference: Reference, settings: dict[str, Any]
+) -> None:
+    llm = engine(vllm_spec_plugins.engine_args("jacobi", adapt=False, **settings), **TIGHT)
+    assert differing(llm, reference) == []
