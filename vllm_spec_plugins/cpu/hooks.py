@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from vllm_spec_plugins.cpu import lane, threads
+from vllm_spec_plugins.cpu.kernels import loops
 from vllm_spec_plugins.cpu.kernels.launch import NeedsGrid
 from vllm_spec_plugins.cpu.kernels.nucleus import apply_top_k_top_p
 from vllm_spec_plugins.cpu.kernels.sampling import draw
@@ -53,6 +54,7 @@ def _register_again(original: Callable[[Any], None]) -> Callable[[Any], None]:
     def init_device(self: Any) -> None:
         original(self)
         lane.register()
+        loops.warm()
 
     return init_device
 
@@ -182,7 +184,7 @@ INTERPRETED: tuple[Hook, ...] = (
 WORKER: tuple[Hook, ...] = (
     Hook(
         target="vllm.v1.worker.cpu_worker:CPUWorker.init_device",
-        why="the runner imports its speculator while it is made; kernels of that module get their versions then",
+        why="the runner imports its speculator while it is made; kernels of that module get their versions, loops are compiled",
         signature="(self)",
         upstream="goes when vLLM's CPU platform registers versions of V2's kernels",
         replacement=_register_again,

@@ -15,12 +15,13 @@ from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 from vllm.v1.worker.gpu.spec_decode.utils import DraftTokensHandler
 from vllm.v1.worker.gpu.states import RequestState
 
+from vllm_spec_plugins.compiled import loops_for
 from vllm_spec_plugins.config import Settings
 from vllm_spec_plugins.engine.scheduling import TreeDraftTokenIds
 from vllm_spec_plugins.engine.state import TreeState, Verified
 from vllm_spec_plugins.proposers.base import StepContext
 from vllm_spec_plugins.registry import Surroundings, method_of
-from vllm_spec_plugins.tree.accept import Acceptance
+from vllm_spec_plugins.tree.accept import Acceptance, Walk
 from vllm_spec_plugins.tree.tree import TokenTree
 
 
@@ -65,6 +66,21 @@ class TreeSpeculator(BaseSpeculator):
             reads_draws=self.proposer.reads_draws,
         )
         cast("Any", req_states).tree_state = self.state
+        if loops_for(self.state.tokens):
+            self._warm()
+
+    @torch.inference_mode()
+    def _warm(self) -> None:
+        """Compile the loops of a step before the first request waits for them. What row 0 remembers of it is cleared when
+        a request moves in.
+        """
+        slots, one = torch.zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.int64)
+        verified = self._nothing_verified(slots, torch.zeros(1, 1, dtype=torch.int64))
+        tokens = self.req_states.all_token_ids.gpu
+        self.proposer.propose(StepContext(slots, tokens, one, 1, torch.zeros(1), verified.drawn, verified.tree))
+        self.state.begin_step(slots, one.numpy())
+        Walk()(verified.tree, verified.drawn)
+        self.state.end_step()
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         """Nothing to capture: proposing runs between the graphs."""

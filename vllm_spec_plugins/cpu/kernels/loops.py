@@ -309,3 +309,12 @@ def draw_reached(
                     drawn[b, row] = noised_argmax(logits[line], _F32(1.0), seeds[b], positions[line])[0]
             line += 1
     return drawn
+
+
+def warm() -> None:
+    """Compile what serving will call, with the types that it will call it with."""
+    logits, keep, mass = np.zeros((1, 16), np.float32), np.ones(1, np.int32), np.ones(1, np.float32)
+    number, none = np.zeros(1, np.int64), np.full((1, 1), -1, np.int64)
+    cut_each(logits, keep, mass)
+    each_noised(logits, mass, number, number, np.zeros(1, np.int64), np.zeros(1, np.float32))
+    draw_reached(logits, none, np.zeros((1, 1), np.int64), number, mass, number, number, keep, mass)
