@@ -28,14 +28,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Server]]:
-    """By name: plain; none, from a YAML file; lookahead, from the flag; windowed, from the environment."""
+    """By name: plain; none, from a YAML file; lookahead, from the flag; windowed, from the environment.
+
+    adapt=false: every draft is verified, whatever it costs on the machine that runs the tests.
+    """
     folder = tmp_path_factory.mktemp("servers")
     (folder / "none.yaml").write_text("plugin: none\n")
-    windowed = json.dumps({"name": "lookahead", "window": 3, "ngram": 4, "guesses": 2})
+    windowed = json.dumps({"name": "lookahead", "window": 3, "ngram": 4, "guesses": 2, "adapt": False})
     made = {
         "plain": Server("plain", TARGET, ARGUMENTS, folder / "plain.log"),
         "none": Server("none", TARGET, ["--config", str(folder / "none.yaml"), *ARGUMENTS], folder / "none.log"),
-        "lookahead": Server("lookahead", TARGET, ["--plugin", "lookahead", *ARGUMENTS], folder / "lookahead.log"),
+        "lookahead": Server(
+            "lookahead", TARGET, ["--plugin", "lookahead:adapt=false", *ARGUMENTS], folder / "lookahead.log"
+        ),
         "windowed": Server("windowed", TARGET, ARGUMENTS, folder / "windowed.log", {"VLLM_SPEC_PLUGIN": windowed}),
     }
     with running(list(made.values())):

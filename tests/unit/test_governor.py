@@ -110,3 +110,15 @@ def test_a_draft_that_was_not_chosen_teaches_nothing() -> None:
     governor.accepted("a", 3)
     assert governor.everyone.factor(1.0) == 1.0
     assert governor.choose(3, [Draft("a", 0, 0.0)]) == set()
+
+
+def test_an_idle_governor_goes_on_asking_now_and_then_and_wakes_up() -> None:
+    governor = Governor()
+    for _ in range(Governor.IDLE):
+        assert governor.asks()
+        governor.choose(1, [])
+    # A step that was not asked for a tree has none to choose from.
+    asked = [governor.asks() for _ in range(40)]
+    assert sum(asked) == 40 // Governor.NAP
+    governor.choose(1, [Draft("a", 8, 6.0)])
+    assert all(governor.asks() for _ in range(8))

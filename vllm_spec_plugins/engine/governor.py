@@ -125,11 +125,14 @@ class Governor:
         self.promised: dict[str, float] = {}
         self.paying = True
         self.steps, self.interval, self.looks, self.looking = 0, self.SOONEST, 0, False
-        self.declined = self.idle = 0
+        self.declined = self.idle = self.napped = 0
 
     def asks(self) -> bool:
         """Whether trees are to be proposed at the end of the next step: looking for them takes time too."""
-        return self.idle < self.IDLE or self.idle % self.NAP == 0
+        if self.idle < self.IDLE:
+            return True
+        self.napped = (self.napped + 1) % self.NAP
+        return self.napped == 0
 
     def choose(self, batch: int, drafts: Sequence[Draft]) -> set[str]:
         """The requests whose drafts are to be verified in the next step of `batch` requests."""
