@@ -76,8 +76,8 @@ class TreeSpeculator(BaseSpeculator):
         """
         slots, one = torch.zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.int64)
         verified = self._nothing_verified(slots, torch.zeros(1, 1, dtype=torch.int64))
-        tokens = self.req_states.all_token_ids.gpu
-        self.proposer.propose(StepContext(slots, tokens, one, 1, torch.zeros(1), verified.drawn, verified.tree))
+        tokens, nothing = self.req_states.all_token_ids.gpu, torch.zeros(1, dtype=torch.int32)
+        self.proposer.propose(StepContext(slots, tokens, one, 1, nothing, verified.drawn, verified.tree))
         self.state.begin_step(slots, one.numpy())
         Walk()(verified.tree, verified.drawn)
         self.state.end_step()
