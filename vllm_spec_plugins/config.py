@@ -103,6 +103,9 @@ class LookaheadSettings(SpeculationSettings):
             )
 
 
+JACOBI_MODES = ("parallel", "blocks", "hybrid")
+
+
 @dataclass(frozen=True)
 class JacobiSettings(SpeculationSettings):
     """Jacobi decoding (arXiv 2305.10427): the target's draws behind a wrong guess are the next guesses."""
@@ -116,8 +119,10 @@ class JacobiSettings(SpeculationSettings):
     parallel_tokens: int = setting(0, "hybrid: tokens of an answer that are decoded in blocks", least=0, most=1 << 20)
 
     def check(self) -> None:
-        if self.mode not in (modes := ("parallel", "blocks", "hybrid")):
-            raise SettingError(f"{FLAG} {self.name}: mode={self.mode} is not valid; valid are {', '.join(modes)}")
+        if self.mode not in JACOBI_MODES:
+            raise SettingError(
+                f"{FLAG} {self.name}: mode={self.mode} is not valid; valid are {', '.join(JACOBI_MODES)}"
+            )
         if (self.mode == "hybrid") != (self.parallel_tokens > 0):
             raise SettingError(
                 f"{FLAG} {self.name}: mode={self.mode} with parallel_tokens={self.parallel_tokens} does not go together; "

@@ -125,7 +125,7 @@ class Governor:
         self.promised: dict[str, float] = {}
         self.paying = True
         self.steps, self.interval, self.looks, self.looking = 0, self.SOONEST, 0, False
-        self.declined = self.idle = self.napped = 0
+        self.idle = self.napped = 0
 
     def asks(self) -> bool:
         """Whether trees are to be proposed at the end of the next step: looking for them takes time too."""
@@ -154,7 +154,6 @@ class Governor:
             # Without drafts, or with the best one alone: that tells the price of a row from the price of drafting.
             alone = not paying or (self.looks % 2 == 0 and len(chosen) > 1)
             chosen = [max(drafts, key=lambda draft: worth[draft.request])] if alone else []
-        self.declined += len(drafts) - len(chosen)
         if chosen and not self.looking:
             self.idle = 0
         self.promised = {draft.request: draft.gain for draft in chosen}

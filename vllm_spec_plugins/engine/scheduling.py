@@ -69,7 +69,7 @@ def decline(scheduler: Any, drafts: DraftTokenIds) -> None:
     offered = [
         Draft(request, len(tokens), gain)
         for request, tokens, gain in zip(drafts.req_ids, drafts.draft_token_ids, drafts.gain, strict=True)
-        if tokens and (state := scheduler.requests.get(request)) is not None and not state.is_prefill_chunk
+        if (state := scheduler.requests.get(request)) is not None and not state.is_prefill_chunk
     ]
     chosen = governor.choose(len(scheduler.running), offered)
     drafts.draft_token_ids = [

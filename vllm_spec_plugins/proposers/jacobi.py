@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from vllm_spec_plugins.config import JACOBI_MODES
 from vllm_spec_plugins.proposers.base import StepContext
 from vllm_spec_plugins.tree.builders import chain
 from vllm_spec_plugins.tree.tree import TokenTree
-
-MODES = ("parallel", "blocks", "hybrid")
 
 
 class JacobiProposer:
@@ -37,8 +36,8 @@ class JacobiProposer:
     def __init__(
         self, *, max_requests: int, device: torch.device | str, block: int, mode: str, parallel_tokens: int
     ) -> None:
-        if mode not in MODES:
-            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+        if mode not in JACOBI_MODES:
+            raise ValueError(f"mode must be one of {', '.join(JACOBI_MODES)}, got {mode!r}")
         self.num_nodes = self.max_depth = self.block = block
         self.mode, self.parallel_tokens = mode, parallel_tokens
         self.open = torch.full((max_requests,), block, dtype=torch.int64, device=device)  # tokens left of the block

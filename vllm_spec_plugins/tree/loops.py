@@ -67,18 +67,12 @@ def deepest_reachable(parents: Any, depth: Any, wrong: Any) -> Any:
 @compiled
 def walk_end(tokens: Any, parents: Any, depth: Any, drawn: Any) -> Any:
     """[B]: the row where the walk ends, the deepest (the first of several) that the draws [B, N + 1] lead to."""
-    batch, nodes = tokens.shape
-    best = np.zeros(batch, dtype=np.int64)
-    reached = np.empty(nodes + 1, dtype=np.bool_)
-    for b in range(batch):
-        reached[0] = True
-        for node in range(nodes):
-            parent, token = parents[b, node], tokens[b, node]
-            present = token >= 0 and drawn[b, node + 1] >= 0
-            reached[node + 1] = present and reached[parent] and drawn[b, parent] == token
-            if reached[node + 1] and depth[b, node + 1] > depth[b, best[b]]:
-                best[b] = node + 1
-    return best
+    wrong = np.empty(tokens.shape, dtype=np.bool_)
+    for b in range(len(tokens)):
+        for node in range(tokens.shape[1]):
+            absent = tokens[b, node] < 0 or drawn[b, node + 1] < 0
+            wrong[b, node] = absent or tokens[b, node] != drawn[b, parents[b, node]]
+    return deepest_reachable(parents, depth, wrong)
 
 
 @compiled
