@@ -28,7 +28,10 @@ def test_serving_compiles_nothing(engine: Callable[..., Any], prompts: list[list
 
     llm = engine(vllm_spec_plugins.engine_args("lookahead", adapt=False))
     before = compiled()
-    assert sum(map(bool, before.values())) > 12
+    # Those that a step calls. What they call themselves is listed only where it was compiled, not where it was loaded.
+    ready = {name.rpartition(".")[2] for name, types in before.items() if types}
+    assert ready >= {"cut_each", "each_noised", "draw_reached", "depths", "walk_end", "accept_down_to"}
+    assert ready >= {"scheduled", "trie", "history_guesses"}
     loops = "def f(self):\n    self.a = 1\n" * 6
     prompts = [*prompts[:6], llm.get_tokenizer().encode(loops)]
     choices: list[dict[str, Any]] = [
