@@ -121,9 +121,10 @@ def _update_from_output(original: Callable[..., Any]) -> Callable[..., Any]:
     def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
         ours = is_tree_method(self.vllm_config.speculative_config)
         if ours:
-            from vllm_spec_plugins.engine import scheduling
+            from vllm_spec_plugins.engine import exchange, scheduling
 
             scheduling.ran(self, scheduler_output, model_runner_output)
+            exchange.keep(self, model_runner_output)
         outputs = original(self, scheduler_output, model_runner_output)
         if ours:
             from vllm_spec_plugins.engine.metrics import count_steps_without_drafts
@@ -132,6 +133,45 @@ def _update_from_output(original: Callable[..., Any]) -> Callable[..., Any]:
         return outputs
 
     return update_from_output
+
+
+def _execute_model(original: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    def execute_model(self: Any, scheduler_output: Any) -> Any:
+        output = original(self, scheduler_output)
+        if output is None:
+            from vllm_spec_plugins.engine.exchange import samples_at_once
+
+            if samples_at_once(self, scheduler_output):
+                return self.sample_tokens(None)
+        return output
+
+    return execute_model
+
+
+def _sample_tokens(original: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    def sample_tokens(self: Any, grammar_output: Any) -> Any:
+        output = original(self, grammar_output)
+        config = self.vllm_config
+        if is_tree_method(config.speculative_config) and not config.scheduler_config.async_scheduling:
+            from vllm_spec_plugins.engine.exchange import enclose
+
+            enclose(output, self.model_runner)
+        return output
+
+    return sample_tokens
+
+
+def _post_step(original: Callable[[Any, bool], None]) -> Callable[[Any, bool], None]:
+    def post_step(self: Any, model_executed: bool) -> None:
+        if model_executed and is_tree_method(self.vllm_config.speculative_config):
+            from vllm_spec_plugins.engine.exchange import kept
+
+            if (drafts := kept(self.scheduler)) is not None:
+                self.scheduler.update_draft_token_ids(drafts)
+                return
+        original(self, model_executed)
+
+    return post_step
 
 
 def _observe(original: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
@@ -225,6 +265,27 @@ ENGINE_HOOKS: tuple[Hook, ...] = (
         signature="(self, scheduler_output, model_runner_output)",
         upstream="goes when steps without drafts are counted",
         replacement=_update_from_output,
+    ),
+    Hook(
+        target="vllm.v1.worker.gpu_worker:Worker.execute_model",
+        why="speed: the workers sample when the forward pass is done, without being asked a second time",
+        signature="(self, scheduler_output)",
+        upstream="goes when vLLM asks once for steps without a grammar",
+        replacement=_execute_model,
+    ),
+    Hook(
+        target="vllm.v1.worker.gpu_worker:Worker.sample_tokens",
+        why="speed: the drafts travel with the sampled tokens",
+        signature="(self, grammar_output)",
+        upstream="goes when a step's output has a field for drafts",
+        replacement=_sample_tokens,
+    ),
+    Hook(
+        target="vllm.v1.engine.core:EngineCore.post_step",
+        why="speed: drafts that came with the sampled tokens are not asked for again",
+        signature="(self, model_executed)",
+        upstream="goes with Worker.sample_tokens",
+        replacement=_post_step,
     ),
     Hook(
         target="vllm.v1.spec_decode.metrics:SpecDecodingLogging.observe",
