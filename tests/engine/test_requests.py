@@ -127,6 +127,36 @@ def test_mean_acceptance_length_is_tokens_per_target_step(engine: Callable[..., 
     assert 0 <= accepted + drafts + 1 - len(out) <= deepest
 
 
+def test_the_workers_are_asked_once_per_step(
+    plain: Any, lookahead: Any, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A grammar's bitmask is made during the forward pass, so its steps ask for the tokens apart; never for drafts."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    def asked(llm: Any, params: Any) -> dict[str, int]:
+        executor, calls = llm.llm_engine.model_executor, dict.fromkeys(("execute_model", "sample_tokens"), 0)
+        original = executor.collective_rpc
+
+        def collective_rpc(method: str, *args: Any, **kwargs: Any) -> Any:
+            calls[method] = calls.get(method, 0) + 1
+            return original(method, *args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(executor, "collective_rpc", collective_rpc)
+            tokens(llm, prompts[:3], params)
+        return calls
+
+    schema = StructuredOutputsParams(json=SCHEMA)
+    for llm in (plain, lookahead):
+        calls = asked(llm, SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True))
+        assert calls.keys() == {"execute_model", "sample_tokens"}
+        assert calls["execute_model"] >= 2 and calls["sample_tokens"] == 0
+        calls = asked(llm, SamplingParams(max_tokens=24, temperature=0.0, structured_outputs=schema))
+        assert calls.keys() == {"execute_model", "sample_tokens"}
+        assert calls["sample_tokens"] > calls["execute_model"] / 2
+
+
 def test_an_engine_without_a_plugin_in_the_same_process_is_vllms_own(
     engine: Callable[..., Any], plain: Any, lookahead: Any, prompts: list[list[int]]
 ) -> None:
