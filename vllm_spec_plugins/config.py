@@ -130,6 +130,27 @@ class JacobiSettings(SpeculationSettings):
             )
 
 
+@dataclass(frozen=True)
+class MedusaSettings(SpeculationSettings):
+    """Medusa heads (arXiv 2401.10774) as trees, ranked with the target's noise for sampled requests."""
+
+    name: ClassVar[str] = "medusa"
+
+    model: str = setting("", "folder or hub id of the heads, in the original repository's layout or vLLM's")
+    nodes: int = setting(16, "most tree nodes per step", least=1, most=128)
+    depth: int = setting(4, "heads in use, at most as many as the checkpoint has", least=1, most=16)
+    ranks: int = setting(8, "candidates per head", least=1, most=64)
+    min_chance: float = setting(
+        0.12, "a node is verified only if it is this likely to be accepted", least=0.0, most=1.0
+    )
+
+    def check(self) -> None:
+        if not self.model:
+            raise SettingError(
+                f"{FLAG} {self.name}: model is missing; write {self.name}:model=FOLDER_OR_HUB_ID of Medusa heads"
+            )
+
+
 def parse_plugin(value: str | Mapping[str, Any], known: Mapping[str, type[Settings]]) -> Settings:
     """One plugin as the flag, JSON, the environment or Python gives it -> its validated settings.
 

@@ -3,28 +3,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from vllm_spec_plugins.config import JacobiSettings, LookaheadSettings, NoneSettings, Settings, parse_plugin
+from vllm_spec_plugins.config import (
+    FLAG,
+    JacobiSettings,
+    LookaheadSettings,
+    MedusaSettings,
+    NoneSettings,
+    SettingError,
+    Settings,
+    parse_plugin,
+)
 from vllm_spec_plugins.proposers.base import Proposer
 from vllm_spec_plugins.proposers.jacobi import JacobiProposer
 from vllm_spec_plugins.proposers.lookahead import LookaheadProposer
+from vllm_spec_plugins.proposers.medusa import HeadShapes, MedusaHeads, MedusaProposer
 from vllm_spec_plugins.tree.accept import AcceptRule, Walk
 
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What a proposer may know of the engine that it is built for."""
+    """What a proposer may know of the engine that it is built for.
+
+    `dtype` is that of the target's hidden states; `weights` reads a checkpoint's tensors by path or hub id, None where
+    only the shape of the trees is asked for.
+    """
 
     max_requests: int
     max_model_len: int
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     device: torch.device
+    dtype: torch.dtype = torch.float32
+    weights: Callable[[str], Iterable[tuple[str, torch.Tensor]]] | None = None
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is known of the target model before it is loaded; `shapes` reads those of a checkpoint's tensors."""
+
+    hidden_size: int
+    vocab_size: int
+    shapes: Callable[[str], Mapping[str, tuple[int, ...]]]
 
 
 @dataclass(frozen=True)
@@ -34,11 +59,13 @@ class Method:
     settings    validated settings class; carries the name
     proposer    settings, surroundings -> Proposer; None: no speculation
     rule        settings -> AcceptRule
+    check       settings, target: raises SettingError when they do not fit together; before the engine's processes start
     """
 
     settings: type[Settings]
     proposer: Callable[[Any, Surroundings], Proposer] | None
     rule: Callable[[Any], AcceptRule]
+    check: Callable[[Any, Target], None] | None = None
 
     def shape(self, settings: Settings) -> tuple[int, int]:
         """Nodes per tree without the root, and the depth of the deepest; (0, 0) without speculation."""
@@ -93,9 +120,47 @@ def _jacobi(settings: JacobiSettings, around: Surroundings) -> JacobiProposer:
     )
 
 
+def _medusa(settings: MedusaSettings, around: Surroundings) -> MedusaProposer:
+    heads = None
+    if around.weights is not None:
+        tensors = around.weights(settings.model)
+        heads = MedusaHeads(
+            tensors, min(settings.depth, settings.nodes), around.vocab_size, around.device, around.dtype
+        )
+    return MedusaProposer(
+        heads,
+        max_requests=around.max_requests,
+        device=around.device,
+        nodes=settings.nodes,
+        depth=settings.depth,
+        ranks=settings.ranks,
+        min_chance=settings.min_chance,
+    )
+
+
+def _check_medusa(settings: MedusaSettings, target: Target) -> None:
+    try:
+        found = HeadShapes.of(target.shapes(settings.model))
+    except ValueError as error:
+        raise SettingError(
+            f"{FLAG} medusa: model={settings.model} cannot be used: {error}; give the folder or hub id of Medusa heads"
+        ) from error
+    if found.hidden != target.hidden_size or not target.vocab_size <= found.vocab < target.vocab_size + 1024:
+        raise SettingError(
+            f"{FLAG} medusa: model={settings.model} has heads for a hidden size of {found.hidden} and {found.vocab} tokens, "
+            f"the target has {target.hidden_size} and {target.vocab_size}; use heads that were trained for it"
+        )
+    if settings.depth > found.heads:
+        raise SettingError(
+            f"{FLAG} medusa: depth={settings.depth} asks for more heads than the {found.heads} of {settings.model}; "
+            f"use depth={found.heads} or less"
+        )
+
+
 register(Method(NoneSettings, proposer=None, rule=lambda _: Walk()))
 register(Method(LookaheadSettings, proposer=_lookahead, rule=lambda _: Walk()))
 register(Method(JacobiSettings, proposer=_jacobi, rule=lambda _: Walk()))
+register(Method(MedusaSettings, proposer=_medusa, rule=lambda _: Walk(), check=_check_medusa))
 
 
 def resolve(value: str | Mapping[str, Any]) -> Settings:

@@ -39,7 +39,7 @@ class Oracle:
 
     def __init__(self, nodes: int, vocab_size: int, seed: int = 0) -> None:
         self.num_nodes = self.max_depth = nodes
-        self.reads_draws = self.remembers = False
+        self.reads_draws = self.reads_hidden = self.remembers = False
         self.vocab_size = vocab_size
         self.texts: list[list[int]] = []
         self.right = self.branching = True

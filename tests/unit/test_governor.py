@@ -14,19 +14,19 @@ from vllm_spec_plugins.engine.governor import Draft, Governor
 
 @dataclass
 class Machine:
-    """Seconds per decode step: base + rows, drafting on top; every step 5% off, one in fifty ten times as long."""
+    """Seconds per decode step: base + rows, drafting and proposing on top; 5% off, one in fifty ten times as long."""
 
     base: float
     row: float
     drafting: float
     rng: random.Random
+    proposing: float = 5e-5
 
-    def run(self, batch: int, nodes: int) -> float:
-        seconds = self.base + self.row * (batch + nodes) + self.drafting * (nodes > 0)
-        return seconds * self.rng.gauss(1.0, 0.05) * (10.0 if self.rng.random() < 0.02 else 1.0)
+    def run(self, batch: int, nodes: int, asked: bool) -> float:
+        return self.true(batch, nodes, asked) * self.rng.gauss(1.0, 0.05) * (10.0 if self.rng.random() < 0.02 else 1.0)
 
-    def true(self, batch: int, nodes: int) -> float:
-        return self.base + self.row * (batch + nodes) + self.drafting * (nodes > 0)
+    def true(self, batch: int, nodes: int, asked: bool) -> float:
+        return self.base + self.row * (batch + nodes) + self.drafting * (nodes > 0) + self.proposing * asked
 
 
 @pytest.fixture
@@ -46,9 +46,9 @@ def serve(
     batch, rng = len(chances), machine.rng
     tokens = seconds = 0.0
     drafted = [0] * batch
+    chosen: set[str] = set()
     for step in range(steps):
-        offered = [Draft(str(r), nodes, promised) for r in range(batch)]
-        chosen = governor.choose(batch, offered)
+        asked = governor.asks(batch)
         late = step >= steps // 2
         for request in range(batch):
             count = 0
@@ -59,9 +59,10 @@ def serve(
                 drafted[request] += late
             tokens += late * (1 + count)
         rows = nodes * len(chosen)
-        governor.observe(batch, rows, machine.run(batch, rows))
-        seconds += late * machine.true(batch, rows)
-    plain = batch / machine.true(batch, 0)
+        governor.observe(batch, rows, machine.run(batch, rows, asked))
+        seconds += late * machine.true(batch, rows, asked)
+        chosen = governor.choose(batch, [Draft(str(r), nodes, promised) for r in range(batch)] if asked else [])
+    plain = batch / machine.true(batch, 0, asked=False)
     return tokens / seconds / plain, [2 * count / steps for count in drafted]
 
 
@@ -80,6 +81,22 @@ def test_drafts_that_do_not_pay_are_left_out(rng: random.Random, row: float, dra
     speed, drafted = serve(Governor(), Machine(4e-3, row, drafting, rng), [chance] * 4, promised=2.0, nodes=8)
     assert max(drafted) < 0.15
     assert speed > 0.93  # the looks at what was declined cost something
+
+
+@pytest.mark.parametrize("chance", [0.05, 0.3])
+def test_a_dear_proposer_is_asked_rarely_when_it_does_not_pay(rng: random.Random, chance: float) -> None:
+    """Verifying alone might pay (chance 0.3: 0.43 tokens for 10% of a step), finding the drafts costs 60%."""
+    machine = Machine(4e-3, 5e-5, 1e-4, rng, proposing=2.4e-3)
+    speed, drafted = serve(Governor(), machine, [chance], promised=0.5, nodes=4, steps=1200)
+    assert max(drafted) < 0.15
+    assert speed > 0.93
+
+
+def test_a_dear_proposer_that_pays_is_asked_always(rng: random.Random) -> None:
+    machine = Machine(4e-3, 5e-5, 1e-4, rng, proposing=1.2e-3)
+    speed, drafted = serve(Governor(), machine, [0.7], promised=1.5, nodes=4)
+    assert drafted[0] > 0.9
+    assert speed > 1.5
 
 
 def test_each_request_is_judged_by_what_its_own_drafts_bring(rng: random.Random) -> None:
@@ -114,11 +131,10 @@ def test_a_draft_that_was_not_chosen_teaches_nothing() -> None:
 
 def test_an_idle_governor_goes_on_asking_now_and_then_and_wakes_up() -> None:
     governor = Governor()
-    for _ in range(Governor.IDLE):
-        assert governor.asks()
+    for _ in range(60):
         governor.choose(1, [])
     # A step that was not asked for a tree has none to choose from.
-    asked = [governor.asks() for _ in range(40)]
-    assert sum(asked) == 40 // Governor.NAP
+    asked = [governor.asks(1) for _ in range(40)]
+    assert sum(asked) == 40 // Governor.NAPS[0]
     governor.choose(1, [Draft("a", 8, 6.0)])
-    assert all(governor.asks() for _ in range(8))
+    assert all(governor.asks(1) for _ in range(8))

@@ -23,15 +23,16 @@ class Draft:
 
 
 class StepCost:
-    """Time of a decode step as a + b * rows + c * [some request has drafts], tracked by a Kalman filter.
+    """Time of a decode step as a + b * rows + c * [some request has drafts] + d * [trees are proposed at its end], tracked
+    by a Kalman filter.
 
     Times are kept relative to the median of the first ones, which are not learned from (the very first step of a process
-    compiles). A row is a token whose logits are computed. Before anything is known, a row costs 1% of a step and drafting
-    5%: the first drafts are given a chance.
+    compiles). A row is a token whose logits are computed. Before anything is known, a row costs 1% of a step, drafting 5%
+    and proposing 2%: the first drafts are given a chance.
     """
 
     NOISE = 0.15  # standard deviation of a step's time, as a share of it
-    DRIFT = (5e-6, 2.5e-7, 5e-6)  # variance per step by which a, b and c may wander
+    DRIFT = (5e-6, 2.5e-7, 5e-6, 5e-6)  # variance per step by which a, b, c and d may wander
     FIRST = 8  # steps
     CHANGED = 400.0  # factor on it while the times go on surprising
 
@@ -39,16 +40,17 @@ class StepCost:
         self.unit = 0.0
         self.first: list[float] = []
         self.last = self.surprise = 0.0  # the last one and a smoothed one, in standard deviations
-        self.state = [1.0, 0.01, 0.05]
-        self.covariance = [[0.25, 0.0, 0.0], [0.0, 0.02**2, 0.0], [0.0, 0.0, 0.25**2]]
+        self.state = [1.0, 0.01, 0.05, 0.02]
+        deviations = (0.5, 0.02, 0.25, 0.25)
+        self.covariance = [[(i == j) * s * s for j in range(4)] for i, s in enumerate(deviations)]
 
-    def observe(self, rows: int, drafted: bool, seconds: float) -> None:
+    def observe(self, rows: int, drafted: bool, asked: bool, seconds: float) -> None:
         """Learn from one step. A time far from the expected one (a pause of the process) counts as less far."""
         if len(self.first) < self.FIRST:
             self.first.append(seconds)
             self.unit = median(self.first)
             return
-        seen = (1.0, float(rows), float(drafted))
+        seen = (1.0, float(rows), float(drafted), float(asked))
         expected = self._of(seen)
         deviation = self.NOISE * max(expected, 1e-3)
         surprise = min(max(seconds / self.unit - expected, -3 * deviation), 3 * deviation)
@@ -56,13 +58,13 @@ class StepCost:
         self.surprise += 0.15 * (self.last - self.surprise)
         drift = self.CHANGED if self.surprised else 1.0
         # Plain floats: a matrix of three costs NumPy 40 us, which is 1% of a tiny model's step.
-        spread = [row[0] + row[1] * seen[1] + row[2] * seen[2] for row in self.covariance]
-        total = spread[0] + spread[1] * seen[1] + spread[2] * seen[2] + deviation * deviation
-        for i in range(3):
+        spread = [row[0] + row[1] * seen[1] + row[2] * seen[2] + row[3] * seen[3] for row in self.covariance]
+        total = spread[0] + spread[1] * seen[1] + spread[2] * seen[2] + spread[3] * seen[3] + deviation * deviation
+        for i in range(4):
             weight = spread[i] / total
             self.state[i] += weight * surprise
             row = self.covariance[i]
-            for j in range(3):
+            for j in range(4):
                 row[j] -= weight * spread[j]
             row[i] += drift * self.DRIFT[i]
 
@@ -71,12 +73,12 @@ class StepCost:
         """The machine, the load or the length of the texts is not what it was."""
         return abs(self.surprise) > 1.5
 
-    def _of(self, seen: tuple[float, float, float]) -> float:
-        a, b, c = self.state
-        return a + b * seen[1] + c * seen[2]
+    def _of(self, seen: tuple[float, float, float, float]) -> float:
+        a, b, c, d = self.state
+        return a + b * seen[1] + c * seen[2] + d * seen[3]
 
     def plain(self, batch: int) -> float:
-        """A step of `batch` requests without drafts, in units of the first ones."""
+        """A step of `batch` requests without drafts and without a look for any, in units of the first ones."""
         return max(self.state[0] + self.state[1] * batch, 1e-3)
 
     @property
@@ -88,6 +90,11 @@ class StepCost:
     def drafting(self) -> float:
         """What a step with drafts costs beyond its rows."""
         return max(self.state[2], 0.0)
+
+    @property
+    def proposing(self) -> float:
+        """Looking for the next drafts."""
+        return max(self.state[3], 0.0)
 
 
 class Trust:
@@ -116,7 +123,11 @@ class Governor:
     """
 
     SOONEST, RAREST = 16, 512  # steps between two looks at the other side
-    IDLE, NAP = 16, 4  # after so many steps without a draft worth verifying, one is asked for every so many steps
+    FADING = 0.1  # share of the newest tree in what trees have been worth lately
+    # While that is less than finding them costs, they are looked for in so few steps that it takes SHARE of the time: in
+    # every second one at the most, in every 64th at the least.
+    SHARE = 0.01
+    NAPS = 2, 64
 
     def __init__(self) -> None:
         self.cost = StepCost()
@@ -125,20 +136,32 @@ class Governor:
         self.promised: dict[str, float] = {}
         self.paying = True
         self.steps, self.interval, self.looks, self.looking = 0, self.SOONEST, 0, False
-        self.idle = self.napped = 0
+        self.value = 1.0  # tokens that a step's trees bring beyond what verifying them costs
+        self.asked, self.since, self.pause = True, 0, self.SOONEST
 
-    def asks(self) -> bool:
-        """Whether trees are to be proposed at the end of the next step: looking for them takes time too."""
-        if self.idle < self.IDLE:
-            return True
-        self.napped = (self.napped + 1) % self.NAP
-        return self.napped == 0
+    def asks(self, batch: int) -> bool:
+        """Whether trees are to be proposed at the end of the next step, of `batch` requests: it takes time too.
+
+        How much is learned from steps that are not asked; while drafts pay, there is one now and then.
+        """
+        plain = self.cost.plain(batch)
+        self.since += 1
+        if self.value > self.cost.proposing * batch / plain:
+            self.asked = self.since < self.pause
+            if not self.asked:
+                self.since, self.pause = 0, min(2 * self.pause, self.RAREST)
+        else:
+            shortest, longest = self.NAPS
+            self.asked = self.since >= max(shortest, min(longest, round(self.cost.proposing / (self.SHARE * plain))))
+            if self.asked:
+                self.since = 0
+        return self.asked
 
     def choose(self, batch: int, drafts: Sequence[Draft]) -> set[str]:
         """The requests whose drafts are to be verified in the next step of `batch` requests."""
         drafts = [draft for draft in drafts if draft.nodes]
-        self.idle += 1
         if not drafts:
+            self._worth(0.0)
             self.promised = {}
             return set()
         speed = batch / self.cost.plain(batch)  # tokens per unit of time
@@ -148,16 +171,20 @@ class Governor:
             trust = self.trust.get(draft.request)
             factor = trust.factor(overall) if trust else overall
             worth[draft.request] = factor * draft.gain - draft.nodes * self.cost.row * speed
-        paying = sum(net for net in worth.values() if net > 0) > self.cost.drafting * speed
+        together = sum(net for net in worth.values() if net > 0) - self.cost.drafting * speed
+        paying = together > 0
+        self._worth(max(together, 0.0))
         chosen = [draft for draft in drafts if paying and worth[draft.request] > 0]
         if self._look(paying):
             # Without drafts, or with the best one alone: that tells the price of a row from the price of drafting.
             alone = not paying or (self.looks % 2 == 0 and len(chosen) > 1)
             chosen = [max(drafts, key=lambda draft: worth[draft.request])] if alone else []
-        if chosen and not self.looking:
-            self.idle = 0
         self.promised = {draft.request: draft.gain for draft in chosen}
         return set(self.promised)
+
+    def _worth(self, tokens: float) -> None:
+        if self.asked:
+            self.value += self.FADING * (tokens - self.value)
 
     def _look(self, paying: bool) -> bool:
         """Whether this step is to go against the decision."""
@@ -172,7 +199,7 @@ class Governor:
 
     def observe(self, batch: int, nodes: int, seconds: float) -> None:
         """A step that only decoded: `batch` requests, `nodes` draft nodes among its rows."""
-        self.cost.observe(batch + nodes, nodes > 0, seconds)
+        self.cost.observe(batch + nodes, nodes > 0, self.asked, seconds)
         if self.looking and abs(self.cost.last) > 2:
             self.interval = self.SOONEST
         self.looking = False

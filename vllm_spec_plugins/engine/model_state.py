@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -37,9 +38,10 @@ class TreeModelState(ModelState):
         self._positions = torch.zeros(self.max_num_tokens, dtype=torch.int64, device=device)
 
     def custom_sampler(self, sampler: Sampler) -> tuple[Any, Any]:
-        from vllm_spec_plugins.engine.sampler import TreeVerifier
+        from vllm_spec_plugins.engine.sampler import TreeVerifier, likeliest
 
         self.state = cast("Any", sampler.req_states).tree_state
+        self.state.likeliest = partial(likeliest, sampler.sampling_states)
         settings = settings_of(self.vllm_config)
         assert settings is not None
         return sampler, TreeVerifier(sampler, self.state, method_of(settings).rule(settings))

@@ -14,7 +14,7 @@ from vllm.v1.worker.gpu.metrics.logits import get_num_nans
 from vllm.v1.worker.gpu.sample.logprob import compute_topk_scores
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.sample.sampler import Sampler
-from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
+from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS, SamplingStates
 
 from vllm_spec_plugins.compiled import loops_for
 from vllm_spec_plugins.engine.state import StepTrees, TreeState, Verified
@@ -171,6 +171,31 @@ class TreeVerifier:
             batch.cu_num_logits_np.tolist(),
             logits_mode=mode in ("raw_logits", "processed_logits"),
         )
+
+
+def likeliest(
+    states: SamplingStates, logits: Tensor, rows: Tensor, slots: np.ndarray, position: Tensor, count: int
+) -> Tensor:
+    """Rank a draft's candidates as the target's sampler would: [n, K] int64, best first ("coupled children").
+
+    Args:
+        logits: [n, V] float32, the draft's; overwritten.
+        rows: [n] int32, the request of each line; `slots` are the same requests on the host, once each.
+        position: [n] int64, of the row that will draw the token.
+
+    Penalties, bad words and biases are left to the target: they change which tokens it draws, not what is right.
+    """
+    if states.temperature.np[slots].any():
+        states.apply_temperature(logits, rows, slots)
+        states.apply_min_p(logits, rows, slots)
+        logits = states.apply_top_k_top_p(logits, rows, slots)
+    if not loops_for(logits):
+        raise NotImplementedError("coupled children are drawn on the CPU only")
+    from vllm_spec_plugins.cpu.kernels.noise import gumbel_topk
+
+    index = rows.numpy()
+    temperature, seeds = states.temperature.np[index], states.seeds.np[index]
+    return torch.from_numpy(gumbel_topk(logits.numpy(), temperature, seeds, position.numpy(), count))
 
 
 def _without_invalid(tree: TokenTree, request: Tensor, local: Tensor, invalid: Tensor) -> TokenTree:

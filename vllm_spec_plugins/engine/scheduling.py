@@ -40,7 +40,7 @@ def scheduled(scheduler: Any, step: SchedulerOutput) -> None:
     governor = governor_of(scheduler)
     if governor is not None:
         governor.forget(step.finished_req_ids)
-        if not governor.asks():
+        if not governor.asks(len(scheduler.running)):
             step.num_spec_tokens_to_schedule = 0
         scheduler._spec_scheduled_at = time.perf_counter()
 

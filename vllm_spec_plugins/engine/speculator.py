@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -17,6 +18,7 @@ from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_spec_plugins.compiled import loops_for
 from vllm_spec_plugins.config import Settings
+from vllm_spec_plugins.engine import weights
 from vllm_spec_plugins.engine.scheduling import TreeDraftTokenIds
 from vllm_spec_plugins.engine.state import TreeState, Verified
 from vllm_spec_plugins.proposers.base import StepContext
@@ -36,6 +38,7 @@ class TreeSpeculator(BaseSpeculator):
     ) -> None:
         method = method_of(settings)
         assert method.proposer is not None
+        self.hidden_size, self.dtype = vllm_config.model_config.get_hidden_size(), vllm_config.model_config.dtype
         self.req_states = req_states
         # Placeholders of an asynchronous step are computed whatever they are: they must be tokens.
         self.fixed_shape = bool(vllm_config.scheduler_config.async_scheduling)
@@ -47,6 +50,8 @@ class TreeSpeculator(BaseSpeculator):
                 vocab_size=req_states.vocab_size,
                 eos_token_ids=_eos_token_ids(vllm_config),
                 device=device,
+                dtype=vllm_config.model_config.dtype,
+                weights=lambda model: weights.tensors(model, vllm_config.load_config),
             ),
         )
         if self.proposer.num_nodes != vllm_config.num_speculative_tokens:
@@ -77,7 +82,11 @@ class TreeSpeculator(BaseSpeculator):
         slots, one = torch.zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.int64)
         verified = self._nothing_verified(slots, torch.zeros(1, 1, dtype=torch.int64))
         tokens, nothing = self.req_states.all_token_ids.gpu, torch.zeros(1, dtype=torch.int32)
-        self.proposer.propose(StepContext(slots, tokens, one, 1, nothing, verified.drawn, verified.tree))
+        context = StepContext(slots, tokens, one, 1, nothing, verified.drawn, verified.tree)
+        if self.proposer.reads_hidden:
+            context.hidden = torch.zeros(1, self.hidden_size, dtype=self.dtype)
+            context.likeliest = lambda logits, count: logits.topk(count, 2).indices
+        self.proposer.propose(context)
         self.state.begin_step(slots, one.numpy())
         Walk()(verified.tree, verified.drawn)
         self.state.end_step()
@@ -116,7 +125,9 @@ class TreeSpeculator(BaseSpeculator):
         if num_speculative_tokens == 0 and not self.proposer.remembers:
             self.state.end_step()
             return self.no_tree[: len(slots)]
-        verified = None
+        verified, ends = None, None
+        if self.proposer.reads_hidden:
+            ends = self._ends(input_batch)
         if self.proposer.reads_draws:
             verified = self.state.verified or self._nothing_verified(slots, last_sampled)
         # Every request can have grown by one token beyond what it computed.
@@ -130,6 +141,8 @@ class TreeSpeculator(BaseSpeculator):
                 num_emitted=num_sampled,
                 drawn=verified.drawn if verified else None,
                 tree=verified.tree if verified else None,
+                hidden=None if ends is None else last_hidden_states[ends],
+                likeliest=None if ends is None else partial(self._likeliest, input_batch),
                 budget=num_speculative_tokens,
             )
         )
@@ -140,6 +153,24 @@ class TreeSpeculator(BaseSpeculator):
         # To the handler, which is given the same batch.
         cast("Any", input_batch).tree_gain = tree.num_nodes if tree.gain is None else tree.gain
         return tree.tokens
+
+    def _ends(self, batch: InputBatch) -> Tensor:
+        """[B] int64: the row of the batch that drew each request's last token."""
+        first = batch.logits_indices[batch.cu_num_logits[:-1].long()]
+        if self.state.verified is None:
+            return first
+        acceptance = self.state.verified.acceptance
+        path = torch.nn.functional.pad(acceptance.path, (1, 0))
+        return first + path.gather(1, acceptance.num_accepted.unsqueeze(1)).squeeze(1)
+
+    def _likeliest(self, batch: InputBatch, logits: Tensor, count: int) -> Tensor:
+        """`StepContext.likeliest`."""
+        slots, depth = batch.idx_mapping, logits.shape[1]
+        root = self.req_states.total_len.gpu[slots].long() - 1
+        place = root.unsqueeze(1) + torch.arange(depth, device=root.device)
+        rows = slots.repeat_interleave(depth)
+        best = self.state.likeliest(logits.flatten(0, 1), rows, batch.idx_mapping_np, place.flatten(), count)
+        return best.view(len(slots), depth, count)
 
     def _nothing_verified(self, slots: Tensor, last_sampled: Tensor) -> Verified:
         """A step without trees: each request drew one token, at its root."""

@@ -58,6 +58,8 @@ class TreeState:
         on_new_request: called with slot and prompt length when a request moves in (the proposer's memory of the slot).
         chain_only: [R] bool, requests whose nodes must form a chain (grammar masks advance along the row order).
         trees: this step's trees; None when no request has drafts.
+        likeliest: (logits [n, V], their requests' rows [n], those rows on the host, positions [n], K) -> [n, K] int64,
+            the tokens that the sampler would prefer; set when the sampler is made.
         verified: this step's outcome; None until the sampler has run, and when no request had drafts.
     """
 
@@ -76,6 +78,7 @@ class TreeState:
         self.parents = torch.zeros(max_requests, num_nodes, dtype=torch.int64, device=device)
         self.chain_only = torch.zeros(max_requests, dtype=torch.bool, device=device)
         self.any_chain_only = False
+        self.likeliest: Callable[[Tensor, Tensor, np.ndarray, Tensor, int], Tensor]
         self.trees: StepTrees | None = None
         self.verified: Verified | None = None
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from vllm.config import VllmConfig
 
 from vllm_spec_plugins.config import FLAG, SettingError, Settings
-from vllm_spec_plugins.registry import method_of
+from vllm_spec_plugins.engine import weights
+from vllm_spec_plugins.registry import Target, method_of
 
 # Releases whose seams the hooks were written against and tested with.
 TESTED_RELEASES = ("0.32",)
@@ -38,10 +40,15 @@ def check_arguments(engine_args: Any, settings: Settings) -> None:
 
 def check_engine(config: VllmConfig, settings: Settings) -> None:
     """Raise SettingError when the model or the deployment is of a kind that is not supported."""
-    if method_of(settings).proposer is None:
+    method = method_of(settings)
+    if method.proposer is None:
         return
     for what, instead in _unsupported(config):
         raise SettingError(f"{FLAG} {settings.name}: {what} is not supported; {instead}")
+    if method.check is not None:
+        model = config.model_config
+        shapes = partial(weights.shapes, load=config.load_config)
+        method.check(settings, Target(model.get_hidden_size(), model.get_vocab_size(), shapes))
 
 
 def _unsupported(config: VllmConfig) -> Iterator[tuple[str, str]]:

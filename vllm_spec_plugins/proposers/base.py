@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,7 +25,11 @@ class StepContext:
         drawn: [B, N + 1] int64, the target's draw at each row of `tree`; -1 where no row was computed. None unless the
             proposer `reads_draws`.
         tree: the tree that was verified in this step, after any cut by the scheduler; None with `drawn`.
-        hidden: [B, H], the target's last hidden state at the row that drew the new root; None if not kept.
+        hidden: [B, H], the target's last hidden state at the row that drew the new root. None unless the proposer
+            `reads_hidden`.
+        likeliest: (guesses of the target's logits [B, D, V] float32, K) -> [B, D, K] int64, the tokens that the target's
+            sampler would prefer, best first: after temperature and filters, with the noise that it will draw with. Line
+            d is for the token d + 1 places behind the root. The guesses may be overwritten. None with `hidden`.
         budget: at most this many nodes may be proposed; None = N.
     """
 
@@ -36,6 +41,7 @@ class StepContext:
     drawn: Tensor | None = None
     tree: TokenTree | None = None
     hidden: Tensor | None = None
+    likeliest: Callable[[Tensor, int], Tensor] | None = None
     budget: int | None = None
 
 
@@ -50,6 +56,7 @@ class Proposer(Protocol):
         num_nodes: N, the fixed number of nodes of every tree it returns.
         max_depth: no node lies deeper.
         reads_draws: it looks at the draws of rows that were not accepted (a CPU draws only what the walk needs, if not).
+        reads_hidden: it looks at the target's hidden states.
         remembers: it must be asked after every step, also when no tree can be used, or it loses the thread.
     """
 
@@ -57,6 +64,7 @@ class Proposer(Protocol):
     num_nodes: int
     max_depth: int
     reads_draws: bool
+    reads_hidden: bool
     remembers: bool
 
     def add_request(self, slot: int, prompt_len: int) -> None:

@@ -32,6 +32,7 @@ class JacobiProposer:
 
     name = "jacobi"
     reads_draws = remembers = True
+    reads_hidden = False
 
     def __init__(
         self, *, max_requests: int, device: torch.device | str, block: int, mode: str, parallel_tokens: int

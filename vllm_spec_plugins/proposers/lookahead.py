@@ -60,6 +60,7 @@ class LookaheadProposer:
     """
 
     name = "lookahead"
+    reads_hidden = False
 
     def __init__(
         self,

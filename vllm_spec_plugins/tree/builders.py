@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -74,6 +76,80 @@ def trie(
     out[0].fill_(-1)
     out.scatter_(2, place.expand(2, -1, -1), torch.stack((ngrams.view(batch, -1), parents)))
     return TokenTree(out[0, :, :nodes], out[1, :, :nodes], min(length, nodes), gain)
+
+
+@dataclass(frozen=True, eq=False)
+class _Products:
+    """All products of ranks that can be among the N best: C nodes, ancestors first.
+
+    Attributes:
+        ranks: [C, D] int64, rank at each depth of the path; 0 behind the node's own depth.
+        on_path: [C, D] bool, the depths of the path.
+        depth: [C] int64, of the node, 0-based.
+        parent: [C] int64, index of the parent plus 1; 0 = root.
+    """
+
+    ranks: Tensor
+    on_path: Tensor
+    depth: Tensor
+    parent: Tensor
+
+
+@lru_cache(maxsize=16)
+def _products(depth: int, ranks: int, nodes: int, device: torch.device) -> _Products:
+    """Paths whose candidates of better ranks, and their ancestors, fit in `nodes`: a path of ranks r1 .. rd (from 0) has
+    prod(r + 1) - 1 others of its length before it where chances fall with rank.
+    """
+    paths: list[tuple[int, ...]] = [()]
+    for path in paths:
+        if len(path) == depth:
+            continue
+        before = math.prod(rank + 1 for rank in path)
+        paths.extend((*path, rank) for rank in range(ranks) if before * (rank + 1) + len(path) <= nodes)
+    place = {path: index for index, path in enumerate(paths)}
+    rest = [path for path in paths if path]
+    padded = torch.tensor([[*path, *[0] * (depth - len(path))] for path in rest], device=device)
+    length = torch.tensor([len(path) for path in rest], device=device)
+    return _Products(
+        padded,
+        torch.arange(depth, device=device) < length.unsqueeze(1),
+        length - 1,
+        torch.tensor([place[path[:-1]] for path in rest], device=device),
+    )
+
+
+def ranked(candidates: Tensor, chance: Tensor, nodes: int, limit: int, least: float = 0.0) -> TokenTree:
+    """The best tree of candidates that depend on their depth alone (Medusa heads), by the product of chances.
+
+    Args:
+        candidates: [B, D, K] int64, the tokens that may stand at each depth, the most likely first.
+        chance: [B, D, K] float, that a candidate is right if the path to it is; taken as falling with the rank.
+        nodes: N, the shape of the result.
+        limit: at most this many nodes are present.
+        least: the smallest chance of a whole path that is worth a node.
+
+    The result's `gain` is the sum of its nodes' chances.
+    """
+    batch, depth, ranks = candidates.shape
+    table = _products(depth, ranks, nodes, candidates.device)
+    falling = chance.cummin(2).values  # a child is never more likely than its parent, nor a rank than a better one
+    every = falling[:, torch.arange(depth, device=chance.device), table.ranks]  # [B, C, D]
+    product = every.masked_fill(~table.on_path, 1.0).prod(2)
+    count = min(limit, product.shape[1])
+    kept = torch.zeros_like(product, dtype=torch.bool)
+    if count:
+        # A stable sort: of equals the one that stands first is taken, and ancestors stand first.
+        best = product.argsort(stable=True, dim=1, descending=True)[:, :count]
+        kept.scatter_(1, best, True)
+    kept &= product >= least
+    row = kept.cumsum(1)  # [B, C], the row of a kept node
+    place = (row - 1).masked_fill(~kept, nodes)
+    tokens = candidates.flatten(1)[:, table.depth * ranks + table.ranks.gather(1, table.depth.unsqueeze(1)).squeeze(1)]
+    parents = pad(row, (1, 0))[:, table.parent]
+    out = candidates.new_zeros(2, batch, nodes + 1)
+    out[0].fill_(-1)
+    out.scatter_(2, place.expand(2, -1, -1), torch.stack((tokens, parents)))
+    return TokenTree(out[0, :, :nodes], out[1, :, :nodes], min(depth, nodes), (product * kept).sum(1))
 
 
 @lru_cache(maxsize=32)

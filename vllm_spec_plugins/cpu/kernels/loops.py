@@ -155,6 +155,42 @@ def each_noised(logits: Any, temperature: Any, seeds: Any, positions: Any, best:
 
 
 @compiled
+def noised_top(row: Any, noisy: Any, seed: Any, position: Any, best: Any) -> None:
+    """The len(best) tokens of float32[n] with the largest row + noise, the first of equals first, into int64 best.
+
+    As in `noised_argmax`, noise is made only where it can lift a token over the last of the best so far.
+    """
+    state = hash_state(seed, position, 0)
+    count, found = len(best), 0
+    values = np.full(count, -np.inf, dtype=np.float32)
+    slack = 1.01 + 4e-6 * abs(largest_of(row))
+    for token in range(len(row)):
+        value, last = row[token], values[count - 1]
+        if noisy:
+            ahead = last - value
+            if found == count and ahead > _RANGE32:
+                continue
+            uniform = uniform32(finished(state, token))
+            if found == count and ahead > 0 and uniform > _REACH[int(ahead)] * slack:
+                continue
+            value = value + gumbel32(uniform)
+        if found == count and not value > last:
+            continue
+        place = found if found < count else count - 1
+        while place > 0 and values[place - 1] < value:
+            values[place], best[place] = values[place - 1], best[place - 1]
+            place -= 1
+        values[place], best[place] = value, token
+        found = min(found + 1, count)
+
+
+@compiled
+def each_noised_top(logits: Any, temperature: Any, seeds: Any, positions: Any, best: Any) -> None:
+    for i in range(len(logits)):
+        noised_top(logits[i], temperature[i] > 0, seeds[i], positions[i], best[i])
+
+
+@compiled
 def each_noised64(logits: Any, temperature: Any, seeds: Any, positions: Any, best: Any, noised: Any) -> None:
     for i in range(len(logits)):
         best[i], noised[i] = noised_argmax64(logits[i], temperature[i], seeds[i], positions[i])
@@ -317,4 +353,5 @@ def warm() -> None:
     number, none = np.zeros(1, np.int64), np.full((1, 1), -1, np.int64)
     cut_each(logits, keep, mass)
     each_noised(logits, mass, number, number, np.zeros(1, np.int64), np.zeros(1, np.float32))
+    each_noised_top(logits, mass, number, number, np.zeros((1, 1), np.int64))
     draw_reached(logits, none, np.zeros((1, 1), np.int64), number, mass, number, number, keep, mass)

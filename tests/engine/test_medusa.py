@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Medusa heads on an engine beside plain decoding: the same text, and candidates that meet the target's draws."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+import vllm_spec_plugins
+from tests.engine.conftest import MODELS
+from vllm_spec_plugins.config import SettingError
+from vllm_spec_plugins.engine import sampler
+
+HEADS = MODELS / "medusa"
+# The chance threshold is for speed: without it trees are full, and branch.
+FULL = {"model": str(HEADS), "min_chance": 0.0, "adapt": False}
+
+
+@pytest.fixture(scope="module")
+def plain(engine: Callable[..., Any]) -> Any:
+    return engine(vllm_spec_plugins.engine_args("none"))
+
+
+@pytest.fixture(scope="module")
+def medusa(engine: Callable[..., Any], plain: Any) -> Any:
+    return engine(vllm_spec_plugins.engine_args("medusa", **FULL))
+
+
+def generate(llm: Any, prompts: list[list[int]], sampling: list[dict[str, Any]]) -> tuple[list[list[int]], float]:
+    """Token ids, and tokens per step of the target after the prompts."""
+    from vllm import SamplingParams
+
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    before = scheduler.current_step
+    params = [SamplingParams(max_tokens=48, ignore_eos=True, **each) for each in sampling]
+    results = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+    tokens = [list(result.outputs[0].token_ids) for result in results]
+    return tokens, 47 / max(1, scheduler.current_step - before - 1)
+
+
+SAMPLINGS: dict[str, Callable[[int], dict[str, Any]]] = {
+    "greedy": lambda i: {"temperature": 0.0},
+    "sampled": lambda i: {"temperature": 0.8, "top_p": 0.9, "seed": i},
+    "mixed": lambda i: [
+        {"temperature": 0.0},
+        {"temperature": 1.0, "seed": i},
+        {"temperature": 0.7, "top_k": 20, "min_p": 0.05, "seed": i},
+        {"temperature": 0.6, "seed": i, "repetition_penalty": 1.2, "logprobs": 1},
+    ][i % 4],
+}
+
+
+@pytest.mark.parametrize("name", SAMPLINGS)
+@pytest.mark.parametrize("together", [1, 12])
+def test_text_is_plain_decodings(name: str, together: int, plain: Any, medusa: Any, prompts: list[list[int]]) -> None:
+    prompts = prompts[: max(together, 3)]
+    sampling = [SAMPLINGS[name](i) for i in range(len(prompts))]
+    expected, _ = generate(plain, prompts, sampling)
+    for begin in range(0, len(prompts), together):
+        part = slice(begin, begin + together)
+        found, speed = generate(medusa, prompts[part], sampling[part])
+        assert found == expected[part]
+        if together == 1:
+            assert speed > 1.2
+
+
+def test_coupled_candidates_meet_more_draws_than_the_likeliest(
+    medusa: Any, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampling = [{"temperature": 1.0, "seed": i} for i in range(6)]
+
+    def tokens_per_step() -> float:
+        speeds = [generate(medusa, [prompt], [each])[1] for prompt, each in zip(prompts, sampling, strict=False)]
+        return sum(speeds) / len(speeds)
+
+    coupled = tokens_per_step()
+    state = medusa.llm_engine.model_executor.driver_worker.worker.model_runner.req_states.tree_state
+    monkeypatch.setattr(state, "likeliest", lambda logits, rows, slots, position, count: logits.topk(count, 1).indices)
+    assert coupled > tokens_per_step() + 0.1
+
+
+def test_heads_in_the_original_layout_serve(
+    engine: Callable[..., Any], plain: Any, tmp_path: Any, prompts: Any
+) -> None:
+    named = {}
+    for name, tensor in load_file(HEADS / "model.safetensors").items():
+        parts = name.split(".")
+        new = f"{parts[1]}.{parts[3]}.linear.weight" if parts[0] == "blocks" else f"{parts[1]}.1.weight"
+        named[new] = tensor
+    save_file(named, tmp_path / "medusa_lm_head.safetensors")
+    llm = engine(vllm_spec_plugins.engine_args("medusa", **{**FULL, "model": str(tmp_path), "depth": 3}))
+    sampling = [SAMPLINGS["greedy"](i) for i in range(4)]
+    found, _ = generate(llm, prompts[:4], sampling)
+    assert found == generate(plain, prompts[:4], sampling)[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"model": "no/such/folder"}, "no/such/folder is neither a folder nor a hub id"),
+        ({"model": str(MODELS / "target")}, "no Medusa heads among its tensors"),
+        ({"model": str(MODELS)}, "holds no "),
+        ({"model": str(HEADS), "depth": 5}, "depth=5 asks for more heads than the 4 of"),
+    ],
+)
+def test_heads_that_cannot_be_used_are_refused_before_the_engine_starts(
+    settings: dict[str, Any], sentence: str, engine: Callable[..., Any]
+) -> None:
+    with pytest.raises(SettingError) as error:
+        engine(vllm_spec_plugins.engine_args("medusa", **settings))
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_heads_of_another_model_are_refused(engine: Callable[..., Any], tmp_path: Any) -> None:
+    import torch
+
+    save_file(
+        {"blocks.0.layers.0.weight": torch.zeros(128, 128), "lm_heads.0.weight": torch.zeros(4096, 128)},
+        tmp_path / "model.safetensors",
+    )
+    with pytest.raises(
+        SettingError, match="heads for a hidden size of 128 and 4096 tokens, the target has 256 and 4096"
+    ):
+        engine(vllm_spec_plugins.engine_args("medusa", model=str(tmp_path)))
+
+
+def test_the_sampler_is_asked_for_candidates(medusa: Any) -> None:
+    """Were the ranking not the sampler's, sampled text would still be right, and slow."""
+    state = medusa.llm_engine.model_executor.driver_worker.worker.model_runner.req_states.tree_state
+    assert state.likeliest.func is sampler.likeliest
