@@ -169,7 +169,7 @@ class MedusaProposer:
         self.ranks.observe(ctx)
         assert self.heads is not None and ctx.hidden is not None and ctx.likeliest is not None
         candidates = ctx.likeliest(self.heads(ctx.hidden), self.ranks.per_depth)  # [B, D, K]
-        self.ranks.offer(ctx.slots, candidates)
+        self.ranks.offer(ctx.slots, ctx.lengths, candidates)
         budget = self.num_nodes if ctx.budget is None else min(ctx.budget, self.num_nodes)
         share = len(ctx.slots) * self.min_chance
         least = share / (1.0 - self.min_chance + share) if share else 0.0

@@ -37,6 +37,7 @@ class Ranks:
     def __init__(self, max_requests: int, depth: int, per_depth: int, device: torch.device) -> None:
         self.depth, self.per_depth = depth, per_depth
         self.offered = torch.full((max_requests, depth, per_depth), -1, dtype=torch.int64, device=device)
+        self.offered_at = torch.zeros(max_requests, dtype=torch.int64, device=device)  # known tokens then
         # Row R: all requests together, and before anything is seen: .4 for the first of a head, .4 of what is left ...
         self.hits = torch.zeros(max_requests + 1, depth, per_depth, device=device)
         self.seen = torch.zeros(max_requests + 1, depth, 1, device=device)
@@ -49,15 +50,16 @@ class Ranks:
         self.hits[slot] = 0.0
         self.seen[slot] = 0.0
 
-    def offer(self, slots: Tensor, candidates: Tensor) -> None:
-        """Remember `candidates` [B, D, K]; the next emitted tokens judge them."""
-        self.offered[slots] = candidates
+    def offer(self, slots: Tensor, lengths: Tensor, candidates: Tensor) -> None:
+        """Remember `candidates` [B, D, K] for behind `lengths` [B] known tokens; the tokens emitted next judge them."""
+        self.offered[slots], self.offered_at[slots] = candidates, lengths
 
     def observe(self, step: Emission) -> None:
-        """Judge what was offered by what was emitted, and forget it."""
+        """Judge what was offered by what was emitted, and forget it: also what steps that were not observed went past."""
         offered = self.offered[step.slots]
         emitted = step.num_emitted.long().unsqueeze(1)
-        judged = (self._place < emitted) & (offered[:, :, 0] >= 0)  # [B, D]
+        in_time = self.offered_at[step.slots].unsqueeze(1) == step.lengths.unsqueeze(1) - emitted
+        judged = (self._place < emitted) & (offered[:, :, 0] >= 0) & in_time  # [B, D]
         index = (step.lengths.unsqueeze(1) - emitted + self._place).clamp(min=0, max=step.token_ids.shape[1] - 1)
         token = step.token_ids[step.slots.unsqueeze(1), index]
         hit = ((offered == token.unsqueeze(2)) & judged.unsqueeze(2)).float()

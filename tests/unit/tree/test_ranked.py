@@ -72,7 +72,9 @@ def step(slots, texts, emitted):
 
 def test_every_emitted_token_judges_the_candidates_of_its_depth():
     ranks = Ranks(4, 3, 2, torch.device("cpu"))
-    ranks.offer(torch.tensor([2, 0]), torch.tensor([[[5, 6], [1, 2], [3, 4]], [[5, 6], [1, 2], [3, 4]]]))
+    ranks.offer(
+        torch.tensor([2, 0]), torch.tensor([1, 2]), torch.tensor([[[5, 6], [1, 2], [3, 4]], [[5, 6], [1, 2], [3, 4]]])
+    )
     # Row 2 emitted 6 (rank 1), 9 (none); row 0 is still inside its prompt.
     ranks.observe(step([2, 0], [[8, 6, 9], [5, 5]], [2, 0]))
     assert ranks.hits[2].tolist() == [[0, 1], [0, 0], [0, 0]]
@@ -84,13 +86,23 @@ def test_every_emitted_token_judges_the_candidates_of_its_depth():
     assert ranks.seen[2].flatten().tolist() == [1, 1, 0]
 
 
+def test_tokens_that_were_emitted_later_judge_nothing():
+    """A step without a tree may go unobserved; what was offered before it stood somewhere else."""
+    ranks = Ranks(1, 2, 2, torch.device("cpu"))
+    ranks.offer(torch.tensor([0]), torch.tensor([1]), torch.tensor([[[5, 6], [1, 2]]]))
+    ranks.observe(step([0], [[8, 5, 5]], [1]))
+    assert ranks.seen.sum() == 0
+    ranks.observe(step([0], [[8, 5]], [1]))
+    assert ranks.seen.sum() == 0  # forgotten
+
+
 def test_measured_chances_come_to_the_frequencies(rng):
     true = torch.tensor([[0.6, 0.2], [0.3, 0.3]])
     ranks = Ranks(2, 2, 2, torch.device("cpu"))
     offered = torch.tensor([[[1, 2], [3, 4]]])
     counts = []
     for turn in range(1500):
-        ranks.offer(torch.tensor([1]), offered)
+        ranks.offer(torch.tensor([1]), torch.tensor([1]), offered)
         drawn = [int(torch.multinomial(torch.cat((row, 1 - row.sum().view(1))), 1, generator=rng)) for row in true]
         text = [0, *(int(offered[0, d, r]) if r < 2 else 9 for d, r in enumerate(drawn))]
         right = drawn[0] < 2
@@ -103,7 +115,7 @@ def test_measured_chances_come_to_the_frequencies(rng):
 def test_a_new_request_leans_on_what_all_have_shown():
     ranks = Ranks(3, 1, 1, torch.device("cpu"))
     for _ in range(200):
-        ranks.offer(torch.tensor([0]), torch.tensor([[[4]]]))
+        ranks.offer(torch.tensor([0]), torch.tensor([1]), torch.tensor([[[4]]]))
         ranks.observe(step([0], [[1, 4]], [1]))
     ranks.clear(1)
     assert float(ranks.chance(torch.tensor([1]))) == pytest.approx(float(ranks.hits[-1] / ranks.seen[-1]), abs=0.1)
