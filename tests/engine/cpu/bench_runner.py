@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plain decoding on the fast lane against vLLM's own CPU runner: time per step, both measured alternately in one run.
+"""Plain decoding with ``--plugin none`` against vLLM's own CPU runner: time per step, measured alternately in one run.
 
     python -m tests.engine.cpu.bench_runner [--json] [--pairs 3] [--rounds 8] [--batch 1 8] [--sampled] [--compiled]
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -21,18 +22,23 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[3]
-LANES = ("v1", "fast")
+LANES = ("v1", "none")
 
 
 def serve(lane: str) -> None:
     """Child process: answers one JSON line per round, {"batch", "steps", "sampled"}, with times per step in ms."""
     from tests.engine.cpu.decode import DEFAULTS, TARGET, prepare
 
-    prepare(lane, async_scheduling=False)
+    prepare("v1", async_scheduling=False)
+    settings = json.loads(sys.argv[-1])
+    if lane != "v1":
+        import vllm_spec_plugins
+
+        os.environ.pop("VLLM_PLUGINS")  # what a user has: the entry point, and all that the plugin brings
+        settings |= vllm_spec_plugins.engine_args(lane)
     from vllm import LLM, SamplingParams
     from vllm.inputs import TokensPrompt
 
-    settings = json.loads(sys.argv[-1])
     model = settings.pop("model", None) or str(TARGET)
     llm = LLM(model, **{**DEFAULTS, "disable_log_stats": True, **settings})
     engine = llm.llm_engine
