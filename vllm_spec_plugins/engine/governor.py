@@ -57,7 +57,7 @@ class StepCost:
         self.last = surprise / deviation
         self.surprise += 0.15 * (self.last - self.surprise)
         drift = self.CHANGED if self.surprised else 1.0
-        # Plain floats: a matrix of three costs NumPy 40 us, which is 1% of a tiny model's step.
+        # Plain floats: a matrix this small costs NumPy 40 us, which is 1% of a tiny model's step.
         spread = [row[0] + row[1] * seen[1] + row[2] * seen[2] + row[3] * seen[3] for row in self.covariance]
         total = spread[0] + spread[1] * seen[1] + spread[2] * seen[2] + spread[3] * seen[3] + deviation * deviation
         for i in range(4):
