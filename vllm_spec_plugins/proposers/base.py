@@ -74,3 +74,14 @@ class Proposer(Protocol):
     def propose(self, ctx: StepContext) -> TokenTree:
         """Trees of shape [B, num_nodes] below each request's last token."""
         ...
+
+
+def least_chance(min_chance: float, batch: int) -> float:
+    """Chance of acceptance at which a node pays for its row when `batch` requests share the step.
+
+    A step costs 1 + r * rows, so a row more is worth its chance of a token if that exceeds the tokens per cost of
+    plain decoding: r * B / (1 + r * B). `min_chance` is that for one request, and tells r: min_chance of .12 is
+    .52 for eight requests, and goes to 1 under load, where rows are all that a step costs.
+    """
+    share = batch * min_chance
+    return share / (1.0 - min_chance + share) if share else 0.0

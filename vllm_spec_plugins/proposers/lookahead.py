@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from vllm_spec_plugins.proposers.base import StepContext
+from vllm_spec_plugins.proposers.base import StepContext, least_chance
 from vllm_spec_plugins.proposers.history import history_guesses
 from vllm_spec_plugins.proposers.pool import NgramPool
 from vllm_spec_plugins.proposers.window import LookaheadWindow
@@ -130,17 +130,7 @@ class LookaheadProposer:
         if self.pool:
             sources.append(self._from_pool(ctx))
         ngrams, odds = sources[0] if len(sources) == 1 else (torch.cat(part, 1) for part in zip(*sources, strict=True))
-        return trie(ngrams, self.trie_nodes, limit, odds, self._least_chance(len(ctx.slots)))
-
-    def _least_chance(self, batch: int) -> float:
-        """Chance at which a node pays for its row when `batch` requests share the step.
-
-        A step costs 1 + r * rows, so a row more is worth its chance of a token if that exceeds the tokens per cost of
-        plain decoding: r * B / (1 + r * B). `min_chance` is that for one request, and tells r: min_chance of .12 is
-        .52 for eight requests, and goes to 1 under load, where rows are all that a step costs.
-        """
-        share = batch * self.min_chance
-        return share / (1.0 - self.min_chance + share) if share else 0.0
+        return trie(ngrams, self.trie_nodes, limit, odds, least_chance(self.min_chance, len(ctx.slots)))
 
     def _from_pool(self, ctx: StepContext) -> tuple[Tensor, Tensor]:
         """Pool n-grams that begin with the root, padded to [B, G, L], and their odds."""

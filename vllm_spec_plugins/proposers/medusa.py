@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
-from vllm_spec_plugins.proposers.base import StepContext
+from vllm_spec_plugins.proposers.base import StepContext, least_chance
 from vllm_spec_plugins.tree.builders import ranked
 from vllm_spec_plugins.tree.ranks import Ranks
 from vllm_spec_plugins.tree.tree import TokenTree
@@ -171,6 +171,5 @@ class MedusaProposer:
         candidates = ctx.likeliest(self.heads(ctx.hidden), self.ranks.per_depth)  # [B, D, K]
         self.ranks.offer(ctx.slots, ctx.lengths, candidates)
         budget = self.num_nodes if ctx.budget is None else min(ctx.budget, self.num_nodes)
-        share = len(ctx.slots) * self.min_chance
-        least = share / (1.0 - self.min_chance + share) if share else 0.0
+        least = least_chance(self.min_chance, len(ctx.slots))
         return ranked(candidates, self.ranks.chance(ctx.slots), self.num_nodes, budget, least)

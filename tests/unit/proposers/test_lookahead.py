@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from tests.unit.proposers.simulate import MarkovTarget, from_next_token, plain, simulate
+from vllm_spec_plugins.proposers.base import least_chance
 from vllm_spec_plugins.proposers.lookahead import LookaheadProposer
 
 SETTINGS = [
@@ -116,9 +117,9 @@ def test_another_requests_text_never_changes_a_requests_drafts(settings, rng):
 
 def test_a_node_must_be_likelier_the_more_requests_share_the_step():
     proposer = LookaheadProposer(max_requests=64, min_chance=0.12)
-    least = [proposer._least_chance(batch) for batch in (1, 8, 64)]
+    least = [least_chance(proposer.min_chance, batch) for batch in (1, 8, 64)]
     assert least == pytest.approx([0.12, 0.522, 0.897], abs=1e-3)
-    assert LookaheadProposer(max_requests=1, min_chance=0.0)._least_chance(64) == 0.0
+    assert least_chance(0.0, 64) == 0.0
 
 
 def test_a_shared_pool_lets_a_request_draft_from_what_another_emitted(rng):
