@@ -20,9 +20,11 @@ def random_tree(batch: int, nodes: int, generator: torch.Generator) -> TokenTree
 
 @pytest.mark.parametrize("soft_cap", [0.0, 20.0])
 @pytest.mark.parametrize(("heads", "groups", "dim"), [(8, 4, 32), (4, 4, 64), (6, 1, 80)])
+@pytest.mark.parametrize("loops", [True, False])
 def test_tree_attention_equals_dense_attention_over_prefix_ancestors_and_self(
-    heads: int, groups: int, dim: int, soft_cap: float, seed: int
+    heads: int, groups: int, dim: int, soft_cap: float, loops: bool, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from vllm_spec_plugins import compiled
     from vllm_spec_plugins.engine import attention
     from vllm_spec_plugins.engine.state import StepTrees
 
@@ -40,7 +42,7 @@ def test_tree_attention_equals_dense_attention_over_prefix_ancestors_and_self(
     keys = torch.randn(count, 128, groups, dim, generator=generator)
     values = torch.randn(count, 128, groups, dim, generator=generator)
     for b in range(count):
-        for position in range(int(prefix[b])):
+        for position in range(int(prefix[b] + rows[b])):
             block, offset = int(blocks[b, position // size]), position % size
             attention.key_blocks(cache)[block, :, :, offset] = keys[b, position]
             attention.value_blocks(cache)[block, :, offset] = values[b, position]
@@ -54,9 +56,10 @@ def test_tree_attention_equals_dense_attention_over_prefix_ancestors_and_self(
     laid = attention.tree_rows(trees, meta, size)
     total = int(rows.sum())
     query = torch.randn(total, heads, dim, generator=generator)
-    key = torch.cat([keys[b, prefix[b] : prefix[b] + rows[b]] for b in range(count)])
-    value = torch.cat([values[b, prefix[b] : prefix[b] + rows[b]] for b in range(count)])
-    found = attention.attend_tree(query, key, value, cache, laid, dim**-0.5, soft_cap)
+    monkeypatch.setattr(compiled, "use_loops", loops)
+    found = torch.empty(total, heads * dim)
+    attention.attend_tree(query, cache, laid, dim**-0.5, soft_cap, found)
+    found = found.view(total, heads, dim)
 
     start = 0
     for b in range(count):

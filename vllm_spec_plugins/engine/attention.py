@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tree attention on the CPU: vLLM's C++ kernel for rows without a tree, batched torch for rows with one.
+"""Tree attention on the CPU: vLLM's C++ kernel for rows without a tree, a compiled loop or torch for rows with one.
 
-A tree row sees the prefix (everything before the root), its ancestors and itself. The prefix needs no mask but its
-length, the tree part is one dense [N + 1, N + 1] mask per request; both are made once per step and used by every layer.
+A tree row sees the prefix (everything before the root), its ancestors and itself. All of them stand in the K/V cache when
+attention runs: each node has a slot of its own behind the root. So the rows need not be those of one tree in one forward
+pass: a draft model grows its tree level by level, and each level sees the earlier ones.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from vllm import _custom_ops as ops
@@ -22,30 +25,74 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.worker.gpu.model_states.interface import ModelSpecificAttnMetadata
 
+from vllm_spec_plugins.compiled import loops_for
 from vllm_spec_plugins.engine.state import StepTrees
 
 
 @dataclass(eq=False)
 class TreeRows:
-    """Which rows of the batch are tree rows, and what they see. T requests, S rows at most, K/V blocks of size P.
+    """Which rows of the batch are tree rows, and what they see. T requests, S tree tokens at most, K/V blocks of size P.
 
     Attributes:
-        num_tokens: query rows of the T requests; they stand first in the batch.
-        row: [T, S] int64, query row of each tree row; rows that do not exist point at the request's root.
-        exists: [num_tokens] int64, index into the flattened [T, S] of each query row.
-        prefix_bias: [T, M, 1, 1, P] float32, 0 where a token of the prefix stands, -inf behind it.
-        tree_bias: [T, 1, S, S] float32, 0 where row s sees row s', else -inf.
-        blocks: [T * M] int64, K/V blocks of the prefixes, row-major; a slice when they are consecutive (no copy).
-        shape: (T, S, M).
+        num_tokens: R, query rows of the T requests; they stand first in the batch, request by request.
+        request: [R] int64, the request of each row.
+        prefix: [T] int64, tokens before the root: all rows of the request see them.
+        behind: [T] int64, tokens of the tree that stand in the cache behind the prefix, the root first.
+        sees: [R, S] bool, which of those a row sees.
+        table: [T, M] int32, the requests' K/V blocks.
+        block_size: P.
     """
 
     num_tokens: int
+    request: Tensor
+    prefix: Tensor
+    behind: Tensor
+    sees: Tensor
+    table: Tensor
+    block_size: int
+
+    @cached_property
+    def dense(self) -> DenseRows:
+        """The same for batched torch operations."""
+        counts = self.request.bincount(minlength=len(self.prefix))  # [T]
+        most = int(counts.max())
+        starts = counts.cumsum(0) - counts
+        place = torch.arange(most)
+        real = place < counts.unsqueeze(1)
+        row = torch.where(real, starts.unsqueeze(1) + place, starts.unsqueeze(1))
+
+        length = self.prefix + self.behind
+        num_blocks = max(1, -(-int(length.max()) // self.block_size))
+        position = torch.arange(num_blocks * self.block_size)
+        # Blocks behind a shorter request may not exist: read block 0 (vLLM's null block) under the mask.
+        table = self.table[:, :num_blocks].long()
+        table = table.masked_fill(position[:: self.block_size] >= length.unsqueeze(1), 0)
+        sees = position < self.prefix.unsqueeze(1)  # [T, M * P]
+        sees = sees[self.request]
+        column = self.prefix.unsqueeze(1) + torch.arange(self.sees.shape[1])
+        within = column < length.unsqueeze(1)
+        column = column.clamp(max=len(position) - 1)[self.request]
+        sees = sees.scatter_reduce(1, column, self.sees & within[self.request], "amax")
+        bias = torch.full(sees.shape, float("-inf")).masked_fill_(sees, 0.0)[row]  # [T, S, M * P]
+        bias = bias.view(len(self.prefix), most, num_blocks, 1, self.block_size).transpose(1, 3)
+        return DenseRows(row, real.view(-1).nonzero().squeeze(1), bias.transpose(1, 2), _consecutive(table.reshape(-1)))
+
+
+@dataclass(eq=False)
+class DenseRows:
+    """TreeRows, padded to the same number of rows for each of the T requests.
+
+    Attributes:
+        row: [T, S] int64, query row of each tree row; rows that do not exist point at the request's first.
+        exists: [R] int64, index into the flattened [T, S] of each query row.
+        bias: [T, M, 1, S, P] float32, 0 where a row sees a token, else -inf.
+        blocks: [T * M] int64, K/V blocks, row-major; a slice when they are consecutive (no copy).
+    """
+
     row: Tensor
     exists: Tensor
-    prefix_bias: Tensor
-    tree_bias: Tensor
+    bias: Tensor
     blocks: Tensor | slice
-    shape: tuple[int, int, int]
 
 
 @dataclass
@@ -97,35 +144,21 @@ def tree_rows(trees: StepTrees, common: CommonAttentionMetadata, block_size: int
     count = trees.num_trees
     rows = torch.from_numpy(trees.num_rows[:count])
     starts = common.query_start_loc[:count].long()
-    most_rows = int(rows.max())
     num_tokens = int(common.query_start_loc[count])
-    place = torch.arange(most_rows)
-    real = place < rows.unsqueeze(1)  # [T, S]
-    row = torch.where(real, starts.unsqueeze(1) + place, starts.unsqueeze(1))
     if num_tokens != int(rows.sum()):
         raise RuntimeError(
             f"{num_tokens} query rows for trees of {int(rows.sum())} rows: a request with drafts holds others"
         )
-
-    prefix = common.seq_lens[:count].long() - rows  # [T], tokens before the root
-    num_blocks = max(1, -(-int(prefix.max()) // block_size))
-    table = common.block_table_tensor[:count, :num_blocks].long()
-    position = torch.arange(num_blocks * block_size)
-    hidden = position >= prefix.unsqueeze(1)
-    # Blocks behind a shorter prefix may not exist yet: read block 0 (vLLM's null block) under the mask.
-    table = table.masked_fill(position[::block_size] >= prefix.unsqueeze(1), 0)
-    prefix_bias = torch.zeros(count, num_blocks * block_size).masked_fill_(hidden, float("-inf"))
-
-    sees = trees.tree.ancestors()[:count, :most_rows, :most_rows]
-    tree_bias = torch.full(sees.shape, float("-inf")).masked_fill_(sees, 0.0)
+    request = trees.request[:num_tokens]
+    local = torch.arange(num_tokens) - starts[request]
     return TreeRows(
         num_tokens=num_tokens,
-        row=row,
-        exists=real.view(-1).nonzero().squeeze(1),
-        prefix_bias=prefix_bias.view(count, num_blocks, 1, 1, block_size),
-        tree_bias=tree_bias.unsqueeze(1),
-        blocks=_consecutive(table.reshape(-1)),
-        shape=(count, most_rows, num_blocks),
+        request=request,
+        prefix=common.seq_lens[:count].long() - rows,
+        behind=rows,
+        sees=trees.tree.ancestors()[request, local],
+        table=common.block_table_tensor[:count],
+        block_size=block_size,
     )
 
 
@@ -157,7 +190,7 @@ def without_trees(common: CommonAttentionMetadata, count: int, num_tokens: int) 
 
 
 class TreeAttentionImpl(CPUAttentionBackendImpl):
-    """vLLM's CPU attention, with tree rows computed in torch.
+    """vLLM's CPU attention, and tree attention for tree rows.
 
     The common case of vLLM's two methods, a decoder without sinks, is called directly with views of the K/V cache that
     are made once: making them takes 4 us, twice per layer and step, which is 2% of a tiny model's step.
@@ -252,54 +285,61 @@ class TreeAttentionImpl(CPUAttentionBackendImpl):
                 layer, query[tokens:end], key[tokens:end], value[tokens:end], kv_cache, attn_metadata,
                 output[tokens:end], output_scale, output_block_scale,
             )  # fmt: skip
-        output[:tokens] = attend_tree(query, key, value, kv_cache, tree, self.scale, self.logits_soft_cap).view_as(
-            output[:tokens]
-        )
+        attend_tree(query[:tokens], kv_cache, tree, self.scale, self.logits_soft_cap, output[:tokens])
         return output
 
 
 def attend_tree(
-    query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, tree: TreeRows, scale: float, soft_cap: float
-) -> Tensor:
-    """Attention of the tree rows over their prefixes (paged) and their trees (this step's keys and values).
+    query: Tensor, kv_cache: Tensor, tree: TreeRows, scale: float, soft_cap: float, output: Tensor
+) -> None:
+    """Attention of the tree rows over the paged cache, which holds the keys and values of this step already.
 
     Args:
-        query: [rows, H, D]; key, value: [rows, G, D], rows of this step.
-        kv_cache: [blocks, G, P, 2 * D], vLLM's "vec" layout: see `kv.key_blocks`.
-
-    Returns:
-        [tree.num_tokens, H, D]. Two softmax parts, prefix and tree, under one maximum and one sum.
+        query: [R, H, D].
+        kv_cache: [blocks, G, P, 2 * D], vLLM's "vec" layout: see `key_blocks`.
+        output: [R, H, D] or [R, H * D], written.
     """
-    count, rows, num_blocks = tree.shape
+    if kv_cache.dtype == torch.float32 and loops_for(query):
+        from vllm_spec_plugins.cpu.kernels.tree_attention import attend
+
+        blocks, groups, size, width = kv_cache.shape
+        attend(
+            query.contiguous().numpy(),
+            kv_cache.view(blocks, groups, 2, size * width // 2).numpy(),
+            tree.table.numpy(),
+            tree.request.numpy(),
+            tree.prefix.numpy(),
+            tree.behind.numpy(),
+            tree.sees.numpy(),
+            np.float32(scale),
+            np.float32(soft_cap),
+            output.view(query.shape).numpy(),
+        )
+        return
+    output.copy_(attend_dense(query, kv_cache, tree.dense, scale, soft_cap).view_as(output))
+
+
+def attend_dense(query: Tensor, kv_cache: Tensor, rows: DenseRows, scale: float, soft_cap: float) -> Tensor:
+    """`attend_tree` in batched torch operations, for every dtype: [R, H, D]."""
+    count, most = rows.row.shape
+    num_blocks = rows.bias.shape[1]
     heads, dim = query.shape[1:]
-    groups = key.shape[1]
-    per_group = heads // groups
-
-    paged = kv_cache[tree.blocks]  # [T * M, G, P, 2 * D]
+    paged = kv_cache[rows.blocks]  # [T * M, G, P, 2 * D]
     keys, values = key_blocks(paged), value_blocks(paged)  # [T * M, G, D, P], [T * M, G, P, D]
-    # [T, G, (H / G) * S, D]: the heads that share keys and values stand in one matrix.
-    q = query[tree.row].view(count, rows, groups, per_group, dim).permute(0, 2, 3, 1, 4)
-    q = (q * scale).reshape(count, groups, per_group * rows, dim)
-    k, v = key[tree.row].permute(0, 2, 3, 1), value[tree.row].permute(0, 2, 1, 3)  # [T, G, D, S], [T, G, S, D]
-
-    on_prefix = torch.matmul(q.unsqueeze(1), keys.unflatten(0, (count, num_blocks)))  # [T, M, G, (H / G) * S, P]
-    on_tree = torch.matmul(q, k)  # [T, G, (H / G) * S, S]
+    groups = keys.shape[1]
+    per_group = heads // groups
+    # [T, 1, G, (H / G) * S, D]: the heads that share keys and values stand in one matrix.
+    q = query[rows.row].view(count, most, groups, per_group, dim).permute(0, 2, 3, 1, 4)
+    q = (q * scale).reshape(count, 1, groups, per_group * most, dim)
+    scores = torch.matmul(q, keys.unflatten(0, (count, num_blocks)))  # [T, M, G, (H / G) * S, P]
     if soft_cap:
-        on_prefix = torch.tanh(on_prefix / soft_cap) * soft_cap
-        on_tree = torch.tanh(on_tree / soft_cap) * soft_cap
-    on_prefix = on_prefix.float().add_(tree.prefix_bias)
-    on_tree = on_tree.float().unflatten(2, (per_group, rows)).add_(tree.tree_bias.unsqueeze(1)).flatten(2, 3)
-
-    # Every row sees itself, so the maximum is finite.
-    most = torch.maximum(on_prefix.amax((1, 4)), on_tree.amax(3)).unsqueeze(3)  # [T, G, (H / G) * S, 1]
-    on_prefix = on_prefix.sub_(most.unsqueeze(1)).exp_()
-    on_tree = on_tree.sub_(most).exp_()
-    total = on_prefix.sum((1, 4)) + on_tree.sum(3)
-    out = torch.matmul(on_prefix.to(values.dtype), values.unflatten(0, (count, num_blocks))).sum(1, dtype=torch.float32)
-    out += torch.matmul(on_tree.to(v.dtype), v)
-    out /= total.unsqueeze(3)
-    out = out.unflatten(2, (per_group, rows)).permute(0, 3, 1, 2, 4).reshape(count * rows, heads, dim)
-    return out[tree.exists].to(query.dtype)
+        scores = torch.tanh(scores / soft_cap) * soft_cap
+    scores = scores.float().unflatten(3, (per_group, most)).add_(rows.bias.unsqueeze(3)).flatten(3, 4)
+    scores = scores.sub_(scores.amax((1, 4), keepdim=True)).exp_()  # every row sees itself: the maximum is finite
+    total = scores.sum((1, 4)).unsqueeze(3)
+    out = torch.matmul(scores.to(values.dtype), values.unflatten(0, (count, num_blocks))).sum(1, dtype=torch.float32)
+    out = (out / total).unflatten(2, (per_group, most)).permute(0, 3, 1, 2, 4).reshape(count * most, heads, dim)
+    return out[rows.exists].to(query.dtype)
 
 
 def key_blocks(kv_cache: Tensor) -> Tensor:
@@ -329,6 +369,11 @@ def check_layout(isa: str, block_size: int, groups: int, dim: int, dtype: torch.
             f"--plugin: the K/V cache layout of this CPU ({isa}, {dtype}, blocks of {block_size}) is not the one that "
             f"tree attention reads; use --dtype float32 with a --block-size that is a multiple of 32"
         )
+    # Compile the loop now, not in the first request's first step.
+    one, none = torch.ones(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    sees, table = torch.ones(1, 1, dtype=torch.bool), torch.zeros(1, 2, dtype=torch.int32)
+    row = torch.zeros(1, groups, dim, dtype=dtype)
+    attend_tree(row, cache, TreeRows(1, none, none, one, sees, table, block_size), 1.0, 0.0, torch.empty_like(row))
 
 
 class TreeAttentionBackend(CPUAttentionBackend):
