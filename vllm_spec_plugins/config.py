@@ -7,9 +7,12 @@ Everything is checked once, at start. Every error is one sentence that names the
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
+from itertools import accumulate
+from operator import mul
 from typing import Any, ClassVar, Self, get_type_hints
 
 FLAG = "--plugin"
@@ -149,6 +152,49 @@ class MedusaSettings(SpeculationSettings):
             raise SettingError(
                 f"{FLAG} {self.name}: model is missing; write {self.name}:model=FOLDER_OR_HUB_ID of Medusa heads"
             )
+
+
+@dataclass(frozen=True)
+class SpecInferSettings(SpeculationSettings):
+    """Draft models (arXiv 2305.09781) as trees, ranked with the target's noise for sampled requests."""
+
+    name: ClassVar[str] = "specinfer"
+
+    model: str = setting("", "folder or hub id of the draft model; it must have the target's vocabulary")
+    widths: str = setting("", "children per node at each depth, as 2-2-1-1; without it the tree is grown for nodes")
+    nodes: int = setting(16, "most tree nodes per step", least=1, most=128)
+    depth: int = setting(4, "most levels, each a forward pass of the draft model", least=1, most=16)
+    ranks: int = setting(4, "candidates per node", least=1, most=32)
+    min_chance: float = setting(
+        0.12, "a node is verified only if it is this likely to be accepted", least=0.0, most=1.0
+    )
+
+    def check(self) -> None:
+        if not self.model:
+            raise SettingError(
+                f"{FLAG} {self.name}: model is missing; write {self.name}:model=FOLDER_OR_HUB_ID of a draft model"
+            )
+        if not self.widths:
+            return
+        defaults = {f.name: f.default for f in fields(self)}
+        if beside := [key for key in ("nodes", "depth", "ranks", "min_chance") if getattr(self, key) != defaults[key]]:
+            raise SettingError(
+                f"{FLAG} {self.name}: widths={self.widths} fixes the tree, so {beside[0]}={getattr(self, beside[0])} does not "
+                f"go with it; leave one of them out"
+            )
+        if not re.fullmatch(r"[1-9]\d?(-[1-9]\d?)*", self.widths):
+            raise SettingError(
+                f"{FLAG} {self.name}: widths={self.widths} is not numbers from 1 to 99 with dashes between; write 2-2-1-1"
+            )
+        if (nodes := sum(accumulate(self.expansion, mul))) > 128:
+            raise SettingError(
+                f"{FLAG} {self.name}: widths={self.widths} makes trees of {nodes} nodes; valid are at most 128"
+            )
+
+    @property
+    def expansion(self) -> list[int]:
+        """`widths` as numbers; empty where the tree is grown."""
+        return [int(width) for width in self.widths.split("-")] if self.widths else []
 
 
 def parse_plugin(value: str | Mapping[str, Any], known: Mapping[str, type[Settings]]) -> Settings:

@@ -17,12 +17,14 @@ from vllm_spec_plugins.config import (
     NoneSettings,
     SettingError,
     Settings,
+    SpecInferSettings,
     parse_plugin,
 )
-from vllm_spec_plugins.proposers.base import Proposer
+from vllm_spec_plugins.proposers.base import DraftModel, Proposer
 from vllm_spec_plugins.proposers.jacobi import JacobiProposer
 from vllm_spec_plugins.proposers.lookahead import LookaheadProposer
 from vllm_spec_plugins.proposers.medusa import HeadShapes, MedusaHeads, MedusaProposer
+from vllm_spec_plugins.proposers.specinfer import SpecInferProposer
 from vllm_spec_plugins.tree.accept import AcceptRule, Walk
 
 
@@ -30,8 +32,8 @@ from vllm_spec_plugins.tree.accept import AcceptRule, Walk
 class Surroundings:
     """What a proposer may know of the engine that it is built for.
 
-    `dtype` is that of the target's hidden states; `weights` reads a checkpoint's tensors by path or hub id, None where
-    only the shape of the trees is asked for.
+    `dtype` is that of the target's hidden states; `weights` reads a checkpoint's tensors by path or hub id and `draft` makes
+    a draft model for trees of so many nodes, None where only the shape of the trees is asked for.
     """
 
     max_requests: int
@@ -41,15 +43,29 @@ class Surroundings:
     device: torch.device
     dtype: torch.dtype = torch.float32
     weights: Callable[[str], Iterable[tuple[str, torch.Tensor]]] | None = None
+    draft: Callable[[str, int], DraftModel] | None = None
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What is known of a draft model before it is loaded; `same_tokens`: its tokenizer gives the target's token ids."""
+
+    vocab_size: int
+    max_model_len: int
+    same_tokens: bool
 
 
 @dataclass(frozen=True)
 class Target:
-    """What is known of the target model before it is loaded; `shapes` reads those of a checkpoint's tensors."""
+    """What is known of the target model before it is loaded; `shapes` reads those of a checkpoint's tensors, `draft` what
+    another model is. Both raise ValueError with what is wrong.
+    """
 
     hidden_size: int
     vocab_size: int
+    max_model_len: int
     shapes: Callable[[str], Mapping[str, tuple[int, ...]]]
+    draft: Callable[[str], Draft]
 
 
 @dataclass(frozen=True)
@@ -59,6 +75,7 @@ class Method:
     settings    validated settings class; carries the name
     proposer    settings, surroundings -> Proposer; None: no speculation
     rule        settings -> AcceptRule
+    drafts      its proposer asks for draft models, which write K/V behind the roots
     check       settings, target: raises SettingError when they do not fit together; before the engine's processes start
     """
 
@@ -66,6 +83,7 @@ class Method:
     proposer: Callable[[Any, Surroundings], Proposer] | None
     rule: Callable[[Any], AcceptRule]
     check: Callable[[Any, Target], None] | None = None
+    drafts: bool = False
 
     def shape(self, settings: Settings) -> tuple[int, int]:
         """Nodes per tree without the root, and the depth of the deepest; (0, 0) without speculation."""
@@ -157,10 +175,51 @@ def _check_medusa(settings: MedusaSettings, target: Target) -> None:
         )
 
 
+def _specinfer(settings: SpecInferSettings, around: Surroundings) -> SpecInferProposer:
+    def proposer(draft: DraftModel | None) -> SpecInferProposer:
+        return SpecInferProposer(
+            draft,
+            widths=settings.expansion or None,
+            nodes=settings.nodes,
+            depth=settings.depth,
+            ranks=settings.ranks,
+            min_chance=settings.min_chance,
+        )
+
+    shape = proposer(None)
+    return shape if around.draft is None else proposer(around.draft(settings.model, shape.num_nodes))
+
+
+def _check_specinfer(settings: SpecInferSettings, target: Target) -> None:
+    name = settings.model
+    try:
+        draft = target.draft(name)
+    except ValueError as error:
+        raise SettingError(
+            f"{FLAG} specinfer: model={name} cannot be used: {error}; give the folder or hub id of a draft model"
+        ) from error
+    if draft.vocab_size != target.vocab_size:
+        raise SettingError(
+            f"{FLAG} specinfer: model={name} has a vocabulary of {draft.vocab_size} tokens, the target one of "
+            f"{target.vocab_size}; use a draft model with the target's tokenizer"
+        )
+    if not draft.same_tokens:
+        raise SettingError(
+            f"{FLAG} specinfer: the tokenizer of model={name} gives other token ids than the target's; use a draft model with "
+            f"the target's tokenizer"
+        )
+    if draft.max_model_len < target.max_model_len:
+        raise SettingError(
+            f"{FLAG} specinfer: model={name} reads at most {draft.max_model_len} tokens, the engine serves up to "
+            f"{target.max_model_len}; start with --max-model-len {draft.max_model_len}"
+        )
+
+
 register(Method(NoneSettings, proposer=None, rule=lambda _: Walk()))
 register(Method(LookaheadSettings, proposer=_lookahead, rule=lambda _: Walk()))
 register(Method(JacobiSettings, proposer=_jacobi, rule=lambda _: Walk()))
 register(Method(MedusaSettings, proposer=_medusa, rule=lambda _: Walk(), check=_check_medusa))
+register(Method(SpecInferSettings, proposer=_specinfer, rule=lambda _: Walk(), check=_check_specinfer, drafts=True))
 
 
 def resolve(value: str | Mapping[str, Any]) -> Settings:

@@ -78,7 +78,7 @@ def test_coupled_candidates_meet_more_draws_than_the_likeliest(
 
     coupled = tokens_per_step()
     state = medusa.llm_engine.model_executor.driver_worker.worker.model_runner.req_states.tree_state
-    monkeypatch.setattr(state, "likeliest", lambda logits, rows, slots, position, count: logits.topk(count, 1).indices)
+    monkeypatch.setattr(state, "likeliest", lambda logits, rows, slots, position, count: logits.topk(count, 1)[::-1])
     assert coupled > tokens_per_step() + 0.1
 
 

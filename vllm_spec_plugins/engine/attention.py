@@ -59,7 +59,7 @@ class TreeRows:
         starts = counts.cumsum(0) - counts
         place = torch.arange(most)
         real = place < counts.unsqueeze(1)
-        row = torch.where(real, starts.unsqueeze(1) + place, starts.unsqueeze(1))
+        row = torch.where(real, starts.unsqueeze(1) + place, starts.unsqueeze(1).clamp(max=self.num_tokens - 1))
 
         length = self.prefix + self.behind
         num_blocks = max(1, -(-int(length.max()) // self.block_size))
@@ -159,6 +159,21 @@ def tree_rows(trees: StepTrees, common: CommonAttentionMetadata, block_size: int
         sees=trees.tree.ancestors()[request, local],
         table=common.block_table_tensor[:count],
         block_size=block_size,
+    )
+
+
+def only_trees(rows: TreeRows, slot_mapping: Tensor) -> TreeAttentionMetadata:
+    """Metadata of a forward pass of tree rows alone; their K/V goes to `slot_mapping` [R] int64."""
+    return TreeAttentionMetadata(
+        num_actual_tokens=0,
+        max_query_len=1,
+        query_start_loc=slot_mapping[:0],
+        max_seq_len=0,
+        seq_lens=slot_mapping[:0],
+        block_table=rows.table,
+        slot_mapping=slot_mapping,
+        scheduler_metadata=None,
+        tree=rows,
     )
 
 
@@ -289,9 +304,7 @@ class TreeAttentionImpl(CPUAttentionBackendImpl):
         return output
 
 
-def attend_tree(
-    query: Tensor, kv_cache: Tensor, tree: TreeRows, scale: float, soft_cap: float, output: Tensor
-) -> None:
+def attend_tree(query: Tensor, kv_cache: Tensor, tree: TreeRows, scale: float, soft_cap: float, output: Tensor) -> None:
     """Attention of the tree rows over the paged cache, which holds the keys and values of this step already.
 
     Args:

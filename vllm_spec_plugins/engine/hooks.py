@@ -16,6 +16,7 @@ from typing import Any
 from vllm_spec_plugins.engine import activation, flag
 from vllm_spec_plugins.engine.settings import is_tree_method, settings_of
 from vllm_spec_plugins.hook import Hook
+from vllm_spec_plugins.registry import method_of
 
 
 def _add_cli_args(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -53,6 +54,16 @@ def _use_v2_model_runner(original: Callable[[Any], bool]) -> Callable[[Any], boo
         return original(self) and (envs.VLLM_USE_V2_MODEL_RUNNER is True or not current_platform.is_cpu())
 
     return use_v2_model_runner
+
+
+def _num_lookahead_tokens(original: Callable[[Any], int]) -> Callable[[Any], int]:
+    def num_lookahead_tokens(self: Any) -> int:
+        settings = settings_of(self)
+        if settings is None or not is_tree_method(self.speculative_config):
+            return original(self)
+        return self.num_speculative_tokens if method_of(settings).drafts else 0
+
+    return num_lookahead_tokens
 
 
 def _init_speculator(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -216,6 +227,13 @@ ENGINE_HOOKS: tuple[Hook, ...] = (
         signature="(self)",
         upstream="goes when V1 does",
         replacement=_use_v2_model_runner,
+    ),
+    Hook(
+        target="vllm.config.vllm:VllmConfig.num_lookahead_tokens",
+        why="a draft model writes K/V of its nodes behind the root: the slots must be there",
+        signature="(self)",
+        upstream="goes when a proposer from outside can say how far it writes",
+        replacement=_num_lookahead_tokens,
     ),
     Hook(
         target="vllm.v1.worker.gpu.model_runner:init_speculator",

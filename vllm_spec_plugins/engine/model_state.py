@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
+from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -18,8 +19,10 @@ from vllm.v1.worker.gpu.mm.encoder_cache import EncoderCache
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.states import RequestState
+from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_spec_plugins.engine import attention, kv
+from vllm_spec_plugins.engine.drafter import Drafter
 from vllm_spec_plugins.engine.settings import settings_of
 from vllm_spec_plugins.engine.state import StepTrees, TreeState
 from vllm_spec_plugins.registry import method_of
@@ -40,6 +43,10 @@ class TreeModelState(ModelState):
     def custom_sampler(self, sampler: Sampler) -> tuple[Any, Any]:
         from vllm_spec_plugins.engine.sampler import TreeVerifier, likeliest
 
+        # The target is loaded, its caches are not made yet: the moment for the models beside it.
+        self.drafters: list[Drafter] = cast("Any", sampler.req_states).drafters
+        for drafter in self.drafters:
+            drafter.load()
         self.state = cast("Any", sampler.req_states).tree_state
         self.state.likeliest = partial(likeliest, sampler.sampling_states)
         settings = settings_of(self.vllm_config)
@@ -50,24 +57,28 @@ class TreeModelState(ModelState):
         super().add_request(req_index, new_req_data)
         params = new_req_data.sampling_params
         chain_only = params is not None and params.structured_outputs is not None
-        self.state.add_request(req_index, new_req_data.prompt_len, chain_only)
+        computed = new_req_data.num_computed_tokens
+        self.state.add_request(req_index, new_req_data.prompt_len, computed, chain_only)
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables) -> None:
         super().initialize_kv_cache(kv_cache_config, block_tables)
         self._block_tables = block_tables
+        self._draft_layers = frozenset(name for drafter in self.drafters for name in drafter.layers)
         layers = self.vllm_config.compilation_config.static_forward_context
         self._caches = []  # per K/V cache group, per layer
         for group in kv_cache_config.kv_cache_groups:
-            group_layers = [layers[name] for name in group.layer_names]
-            for layer in group_layers:
+            for layer in (layers[name] for name in group.layer_names):
                 if not isinstance(layer.impl, attention.TreeAttentionImpl):
                     raise RuntimeError(
                         f"--plugin: layer {layer.layer_name} runs {type(layer.impl).__name__}, not tree attention: "
                         f"another package replaced the attention backend, or an engine was built in this process "
                         f"before the plugin was loaded"
                     )
-            self._caches.append([layer.kv_cache for layer in group_layers])
-            _check_layout(group_layers[0], group.kv_cache_spec.block_size)
+                _check_layout(layer, group.kv_cache_spec.block_size)
+            own = [name for name in group.layer_names if name not in self._draft_layers]
+            self._caches.append([layers[name].kv_cache for name in own])
+        for drafter in self.drafters:
+            drafter.bind(kv_cache_config, block_tables)
 
     def preprocess_state(
         self,
@@ -79,10 +90,26 @@ class TreeModelState(ModelState):
         super().preprocess_state(input_batch, block_tables, kv_cache_config, num_computed_tokens)
         self.state.begin_step(input_batch.idx_mapping, input_batch.num_draft_tokens_per_req)
 
-    def prepare_attn(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def prepare_attn(
+        self,
+        input_batch: InputBatch,
+        cudagraph_mode: CUDAGraphMode,
+        block_tables: tuple[Tensor, ...],
+        slot_mappings: Tensor,
+        attn_groups: list[list[AttentionGroup]],
+        kv_cache_config: KVCacheConfig,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
         if self.state.trees is not None:
             kwargs["model_specific_attn_metadata"] = attention.TreeStep(self.state.trees)
-        return super().prepare_attn(*args, **kwargs)
+        if self._draft_layers:  # their metadata is made when they run
+            attn_groups = [
+                [group for group in groups if not self._draft_layers.issuperset(group.layer_names)]
+                for groups in attn_groups
+            ]
+        return super().prepare_attn(
+            input_batch, cudagraph_mode, block_tables, slot_mappings, attn_groups, kv_cache_config, **kwargs
+        )
 
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
         inputs = super().prepare_inputs(input_batch, req_states)

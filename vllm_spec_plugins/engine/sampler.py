@@ -175,8 +175,9 @@ class TreeVerifier:
 
 def likeliest(
     states: SamplingStates, logits: Tensor, rows: Tensor, slots: np.ndarray, position: Tensor, count: int
-) -> Tensor:
-    """Rank a draft's candidates as the target's sampler would: [n, K] int64, best first ("coupled children").
+) -> tuple[Tensor, Tensor]:
+    """Rank a draft's candidates as the target's sampler would ("coupled children"), best first: tokens [n, K] int64, and
+    scores [n, K] float32, logit + temperature * noise.
 
     Args:
         logits: [n, V] float32, the draft's; overwritten.
@@ -195,7 +196,9 @@ def likeliest(
 
     index = rows.numpy()
     temperature, seeds = states.temperature.np[index], states.seeds.np[index]
-    return torch.from_numpy(gumbel_topk(logits.numpy(), temperature, seeds, position.numpy(), count))
+    tokens, sums = gumbel_topk(logits.numpy(), temperature, seeds, position.numpy(), count)
+    scale = np.where(temperature > 0, temperature, np.float32(1.0))
+    return torch.from_numpy(tokens), torch.from_numpy(sums * scale[:, None])
 
 
 def _without_invalid(tree: TokenTree, request: Tensor, local: Tensor, invalid: Tensor) -> TokenTree:

@@ -19,6 +19,7 @@ from vllm.v1.worker.gpu.states import RequestState
 from vllm_spec_plugins.compiled import loops_for
 from vllm_spec_plugins.config import Settings
 from vllm_spec_plugins.engine import weights
+from vllm_spec_plugins.engine.drafter import Drafter
 from vllm_spec_plugins.engine.scheduling import TreeDraftTokenIds
 from vllm_spec_plugins.engine.state import TreeState, Verified
 from vllm_spec_plugins.proposers.base import StepContext
@@ -40,6 +41,12 @@ class TreeSpeculator(BaseSpeculator):
         assert method.proposer is not None
         self.hidden_size, self.dtype = vllm_config.model_config.get_hidden_size(), vllm_config.model_config.dtype
         self.req_states = req_states
+        self.drafters: list[Drafter] = []
+
+        def draft(model: str, nodes: int) -> Drafter:
+            self.drafters.append(Drafter(vllm_config, model, len(self.drafters), req_states, nodes))
+            return self.drafters[-1]
+
         # Placeholders of an asynchronous step are computed whatever they are: they must be tokens.
         self.fixed_shape = bool(vllm_config.scheduler_config.async_scheduling)
         self.proposer = method.proposer(
@@ -52,6 +59,7 @@ class TreeSpeculator(BaseSpeculator):
                 device=device,
                 dtype=vllm_config.model_config.dtype,
                 weights=lambda model: weights.tensors(model, vllm_config.load_config),
+                draft=draft,
             ),
         )
         if self.proposer.num_nodes != vllm_config.num_speculative_tokens:
@@ -67,12 +75,18 @@ class TreeSpeculator(BaseSpeculator):
             self.proposer.num_nodes,
             self.proposer.max_depth,
             device,
-            on_new_request=self.proposer.add_request,
+            on_new_request=self._add_request,
             reads_draws=self.proposer.reads_draws,
         )
         cast("Any", req_states).tree_state = self.state
+        cast("Any", req_states).drafters = self.drafters
         if loops_for(self.state.tokens):
             self._warm()
+
+    def _add_request(self, slot: int, prompt_len: int, computed: int) -> None:
+        self.proposer.add_request(slot, prompt_len)
+        for drafter in self.drafters:
+            drafter.add_request(slot, computed)
 
     @torch.inference_mode()
     def _warm(self) -> None:
@@ -85,8 +99,9 @@ class TreeSpeculator(BaseSpeculator):
         context = StepContext(slots, tokens, one, 1, nothing, verified.drawn, verified.tree)
         if self.proposer.reads_hidden:
             context.hidden = torch.zeros(1, self.hidden_size, dtype=self.dtype)
-            context.likeliest = lambda logits, count: logits.topk(count, 2).indices
-        self.proposer.propose(context)
+        context.likeliest = lambda logits, request, place, count: logits.topk(count, 1)[::-1]
+        if not self.drafters:  # they are not loaded yet
+            self.proposer.propose(context)
         self.state.begin_step(slots, one.numpy())
         Walk()(verified.tree, verified.drawn)
         self.state.end_step()
@@ -142,7 +157,7 @@ class TreeSpeculator(BaseSpeculator):
                 drawn=verified.drawn if verified else None,
                 tree=verified.tree if verified else None,
                 hidden=None if ends is None else last_hidden_states[ends],
-                likeliest=None if ends is None else partial(self._likeliest, input_batch),
+                likeliest=partial(self._likeliest, input_batch),
                 budget=num_speculative_tokens,
             )
         )
@@ -163,14 +178,13 @@ class TreeSpeculator(BaseSpeculator):
         path = torch.nn.functional.pad(acceptance.path, (1, 0))
         return first + path.gather(1, acceptance.num_accepted.unsqueeze(1)).squeeze(1)
 
-    def _likeliest(self, batch: InputBatch, logits: Tensor, count: int) -> Tensor:
+    def _likeliest(
+        self, batch: InputBatch, logits: Tensor, request: Tensor, place: Tensor, count: int
+    ) -> tuple[Tensor, Tensor]:
         """`StepContext.likeliest`."""
-        slots, depth = batch.idx_mapping, logits.shape[1]
-        root = self.req_states.total_len.gpu[slots].long() - 1
-        place = root.unsqueeze(1) + torch.arange(depth, device=root.device)
-        rows = slots.repeat_interleave(depth)
-        best = self.state.likeliest(logits.flatten(0, 1), rows, batch.idx_mapping_np, place.flatten(), count)
-        return best.view(len(slots), depth, count)
+        rows = batch.idx_mapping[request]
+        position = self.req_states.total_len.gpu[rows].long() - 1 + place
+        return self.state.likeliest(logits, rows, batch.idx_mapping_np, position, count)
 
     def _nothing_verified(self, slots: Tensor, last_sampled: Tensor) -> Verified:
         """A step without trees: each request drew one token, at its root."""

@@ -55,11 +55,11 @@ class TreeState:
     Attributes:
         tokens, parents: [R, N] int64, the tree each request will have verified next (TokenTree's layout).
         reads_draws: the proposer looks at the draws of rows that were not accepted, so every row is drawn.
-        on_new_request: called with slot and prompt length when a request moves in (the proposer's memory of the slot).
+        on_new_request: called with slot, prompt length and tokens found in the prefix cache when a request moves in.
         chain_only: [R] bool, requests whose nodes must form a chain (grammar masks advance along the row order).
         trees: this step's trees; None when no request has drafts.
         likeliest: (logits [n, V], their requests' rows [n], those rows on the host, positions [n], K) -> [n, K] int64,
-            the tokens that the sampler would prefer; set when the sampler is made.
+            the tokens that the sampler would prefer, and their scores; set when the sampler is made.
         verified: this step's outcome; None until the sampler has run, and when no request had drafts.
     """
 
@@ -69,7 +69,7 @@ class TreeState:
         num_nodes: int,
         max_depth: int,
         device: torch.device,
-        on_new_request: Callable[[int, int], None],
+        on_new_request: Callable[[int, int, int], None],
         reads_draws: bool,
     ) -> None:
         self.num_nodes, self.max_depth, self.reads_draws = num_nodes, max_depth, reads_draws
@@ -78,13 +78,13 @@ class TreeState:
         self.parents = torch.zeros(max_requests, num_nodes, dtype=torch.int64, device=device)
         self.chain_only = torch.zeros(max_requests, dtype=torch.bool, device=device)
         self.any_chain_only = False
-        self.likeliest: Callable[[Tensor, Tensor, np.ndarray, Tensor, int], Tensor]
+        self.likeliest: Callable[[Tensor, Tensor, np.ndarray, Tensor, int], tuple[Tensor, Tensor]]
         self.trees: StepTrees | None = None
         self.verified: Verified | None = None
 
-    def add_request(self, slot: int, prompt_len: int, chain_only: bool) -> None:
+    def add_request(self, slot: int, prompt_len: int, computed: int, chain_only: bool) -> None:
         """A new request, or one resumed after preemption, moves into `slot`: it has no tree."""
-        self._on_new_request(slot, prompt_len)
+        self._on_new_request(slot, prompt_len, computed)
         self.tokens[slot].fill_(-1)
         self.parents[slot].zero_()
         self.chain_only[slot] = chain_only

@@ -6,13 +6,16 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from vllm.config import VllmConfig
+from vllm.config import ModelConfig, VllmConfig
+from vllm.tokenizers import get_tokenizer
 
 from vllm_spec_plugins.config import FLAG, SettingError, Settings
 from vllm_spec_plugins.engine import weights
-from vllm_spec_plugins.registry import Target, method_of
+from vllm_spec_plugins.engine.drafter import model_config
+from vllm_spec_plugins.registry import Draft, Target, method_of
 
 # Releases whose seams the hooks were written against and tested with.
 TESTED_RELEASES = ("0.32",)
@@ -47,8 +50,35 @@ def check_engine(config: VllmConfig, settings: Settings) -> None:
         raise SettingError(f"{FLAG} {settings.name}: {what} is not supported; {instead}")
     if method.check is not None:
         model = config.model_config
-        shapes = partial(weights.shapes, load=config.load_config)
-        method.check(settings, Target(model.get_hidden_size(), model.get_vocab_size(), shapes))
+        target = Target(
+            hidden_size=model.get_hidden_size(),
+            vocab_size=model.get_vocab_size(),
+            max_model_len=model.max_model_len,
+            shapes=partial(weights.shapes, load=config.load_config),
+            draft=partial(_draft, model),
+        )
+        method.check(settings, target)
+
+
+def _draft(target: ModelConfig, model: str) -> Draft:
+    """What draft model `model` is. Raises ValueError with what is wrong with it."""
+    if not Path(model).is_dir() and (model.startswith((".", "/", "~")) or model.count("/") != 1):
+        raise ValueError(f"{model} is neither a folder nor a hub id")
+    try:
+        config = model_config(target, model)
+        own, theirs = (get_tokenizer(each).get_vocab() for each in (model, target.tokenizer))
+    except (OSError, ValueError) as error:
+        raise ValueError(str(error).strip().splitlines()[0]) from error
+    if config.is_hybrid or config.is_attention_free or config.use_mla or config.get_sliding_window() is not None:
+        raise ValueError("it has layers without full attention")
+    if config.runner_type != "draft" or config.is_encoder_decoder or config.uses_mrope:
+        raise ValueError("it is not a decoder-only model of text")
+    return Draft(config.get_vocab_size(), _longest(config), own == theirs)
+
+
+def _longest(config: ModelConfig) -> int:
+    """Positions that the model itself allows; what the target is asked to serve does not count."""
+    return int(getattr(config.hf_text_config, "max_position_embeddings", config.max_model_len))
 
 
 def _unsupported(config: VllmConfig) -> Iterator[tuple[str, str]]:

@@ -11,6 +11,10 @@ from torch import Tensor
 
 from vllm_spec_plugins.tree.tree import TokenTree
 
+# (guesses of the target's logits [M, V] float32, their requests [M], places behind the root [M], K) -> tokens [M, K] int64
+# and scores [M, K] float32, best first.
+Likeliest = Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
+
 
 @dataclass(eq=False)
 class StepContext:
@@ -27,9 +31,10 @@ class StepContext:
         tree: the tree that was verified in this step, after any cut by the scheduler; None with `drawn`.
         hidden: [B, H], the target's last hidden state at the row that drew the new root. None unless the proposer
             `reads_hidden`.
-        likeliest: (guesses of the target's logits [B, D, V] float32, K) -> [B, D, K] int64, the tokens that the target's
-            sampler would prefer, best first: after temperature and filters, with the noise that it will draw with. Line
-            d is for the token d + 1 places behind the root. The guesses may be overwritten. None with `hidden`.
+        likeliest: the tokens that the target's sampler would prefer where a draft guesses its logits: after temperature and
+            filters, with the noise that it will draw with ("coupled children"). Requests are indices into the batch; place 0
+            is the row of the root, which draws the token behind it. Scores are logit + temperature * noise. The guesses may
+            be overwritten.
         budget: at most this many nodes may be proposed; None = N.
     """
 
@@ -41,8 +46,26 @@ class StepContext:
     drawn: Tensor | None = None
     tree: TokenTree | None = None
     hidden: Tensor | None = None
-    likeliest: Callable[[Tensor, int], Tensor] | None = None
+    likeliest: Likeliest | None = None
     budget: int | None = None
+
+
+class DraftModel(Protocol):
+    """A small language model beside the target, with K/V of its own for every token that the target has seen."""
+
+    def begin(self, ctx: StepContext) -> Tensor:
+        """Read what each request has got since the last call: [B, V] float32, the logits behind the roots.
+
+        K/V of the nodes that `extend` was given, and whose tokens have come, is kept.
+        """
+        ...
+
+    def extend(self, tree: TokenTree, request: Tensor, row: Tensor) -> Tensor:
+        """[M, V] float32: the logits behind rows `row` [M] of the trees of `request` [M], grown below the roots of `begin`.
+
+        Each row is given once, after its parents; a tree has at most as many nodes as the proposer's, less one.
+        """
+        ...
 
 
 class Proposer(Protocol):

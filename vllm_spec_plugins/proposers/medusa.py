@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
-from vllm_spec_plugins.proposers.base import StepContext, least_chance
+from vllm_spec_plugins.proposers.base import Likeliest, StepContext, least_chance
 from vllm_spec_plugins.tree.builders import ranked
 from vllm_spec_plugins.tree.ranks import Ranks
 from vllm_spec_plugins.tree.tree import TokenTree
@@ -168,8 +168,16 @@ class MedusaProposer:
         """Count what became of the last candidates, then the next tree."""
         self.ranks.observe(ctx)
         assert self.heads is not None and ctx.hidden is not None and ctx.likeliest is not None
-        candidates = ctx.likeliest(self.heads(ctx.hidden), self.ranks.per_depth)  # [B, D, K]
+        candidates = self._candidates(self.heads(ctx.hidden), ctx.likeliest)
         self.ranks.offer(ctx.slots, ctx.lengths, candidates)
         budget = self.num_nodes if ctx.budget is None else min(ctx.budget, self.num_nodes)
         least = least_chance(self.min_chance, len(ctx.slots))
         return ranked(candidates, self.ranks.chance(ctx.slots), self.num_nodes, budget, least)
+
+    def _candidates(self, guesses: Tensor, likeliest: Likeliest) -> Tensor:
+        """[B, D, K] int64 from the heads' logits [B, D, V]."""
+        batch, depth = guesses.shape[:2]
+        request = torch.arange(batch, device=guesses.device).repeat_interleave(depth)
+        place = torch.arange(depth, device=guesses.device).repeat(batch)
+        tokens, _ = likeliest(guesses.flatten(0, 1), request, place, self.ranks.per_depth)
+        return tokens.view(batch, depth, -1)

@@ -117,6 +117,50 @@ def scheduled(tokens: Any, parents: Any, slots: Any, counts: Any) -> Any:
 
 
 @compiled
+def follow(
+    tokens: Any, parents: Any, slots: Any, grown_at: Any, seen: Any, ends: Any, known: Any, most: Any
+) -> tuple[Any, Any, Any, Any]:
+    """Which nodes of a draft's trees have come true.
+
+    Args:
+        tokens, parents: [R, N], the trees, by slot; a node's K/V stands as many places behind the root as its row.
+        slots: [B], the batch's.
+        grown_at: [R], position of the root of each tree; -1 = no tree.
+        seen: [R], tokens that have K/V, when the tree was grown: its root is the last of them.
+        ends: [B], tokens known now; the last one is the new root.
+        known: [R, max_len], the tokens.
+        most: positions from here on have no K/V.
+
+    Returns:
+        request (index into the batch), source and target position of each K/V entry that stands in the wrong place, and
+        [B] the tokens that have K/V now.
+    """
+    batch, nodes = len(slots), tokens.shape[1]
+    request = np.empty(batch * nodes, dtype=np.int64)
+    source, target = np.empty(batch * nodes, dtype=np.int64), np.empty(batch * nodes, dtype=np.int64)
+    now, moves = seen[slots], 0
+    for b in range(batch):
+        slot = slots[b]
+        root, at = grown_at[slot], 0
+        if root < 0 or root + 1 != now[b]:
+            continue
+        while now[b] < ends[b] - 1:
+            place, child = now[b], 0
+            for node in range(at, nodes):
+                if tokens[slot, node] == known[slot, place] and parents[slot, node] == at:
+                    child = node + 1
+                    break
+            if child == 0 or root + child >= most:
+                break
+            if root + child != place:
+                request[moves], source[moves], target[moves] = b, root + child, place
+                moves += 1
+            at = child
+            now[b] += 1
+    return request[:moves], source[:moves], target[:moves], now
+
+
+@compiled
 def trie(ngrams: Any, nodes: int, limit: int, odds: Any, least: Any) -> Any:
     """Tokens and parents [B, nodes] and gain [B] of `builders.trie`: ngrams [B, G, L], odds [B, G, L] float64."""
     batch, count, length = ngrams.shape

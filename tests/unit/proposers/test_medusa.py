@@ -103,12 +103,13 @@ def test_coupled_candidates_are_the_largest_of_logits_and_the_samplers_noise(sca
     logits[:, :40] = -torch.inf
     seeds, positions = torch.randint(1 << 40, (rows,), generator=rng), torch.randint(500, (rows,), generator=rng)
     temperature = torch.tensor([0.0, 1.0, 0.7, 1.0, 0.0, 1.3])
-    found = gumbel_topk(logits.numpy(), temperature.numpy(), seeds.numpy(), positions.numpy(), count)
+    found, sums = gumbel_topk(logits.numpy(), temperature.numpy(), seeds.numpy(), positions.numpy(), count)
     for row in range(rows):
         at = slice(row, row + 1)
         noise = noise_of(seeds[at].numpy(), positions[at].numpy(), vocab) if temperature[row] else torch.zeros(vocab)
         expected = (logits[row] + noise).argsort(descending=True, stable=True)[:count]
         assert found[row].tolist() == expected.tolist()
+        torch.testing.assert_close(torch.from_numpy(sums[row]), (logits[row] + noise)[expected], rtol=1e-4, atol=1e-4)
     best, _ = gumbel_argmax(logits.numpy(), None, seeds.numpy(), positions.numpy(), False, False)
     sampled = temperature.numpy() > 0
     assert (found[sampled, 0] == best[sampled]).all()
@@ -127,7 +128,7 @@ def test_trees_come_from_the_heads_and_follow_the_budget(rng):
         max_length=9,
         num_emitted=torch.tensor([1, 1]),
         hidden=hidden,
-        likeliest=lambda logits, count: logits.topk(count, 2).indices,
+        likeliest=lambda logits, request, place, count: logits.topk(count, 1)[::-1],
     )
     tree = proposer.propose(context)
     tree.validate()

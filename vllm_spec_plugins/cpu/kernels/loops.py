@@ -155,14 +155,15 @@ def each_noised(logits: Any, temperature: Any, seeds: Any, positions: Any, best:
 
 
 @compiled
-def noised_top(row: Any, noisy: Any, seed: Any, position: Any, best: Any) -> None:
-    """The len(best) tokens of float32[n] with the largest row + noise, the first of equals first, into int64 best.
+def noised_top(row: Any, noisy: Any, seed: Any, position: Any, best: Any, values: Any) -> None:
+    """The len(best) tokens of float32[n] with the largest row + noise, the first of equals first, into int64 best; the sums
+    into float32 values.
 
     As in `noised_argmax`, noise is made only where it can lift a token over the last of the best so far.
     """
     state = hash_state(seed, position, 0)
     count, found = len(best), 0
-    values = np.full(count, -np.inf, dtype=np.float32)
+    values[:] = -np.inf
     slack = 1.01 + 4e-6 * abs(largest_of(row))
     for token in range(len(row)):
         value, last = row[token], values[count - 1]
@@ -185,9 +186,9 @@ def noised_top(row: Any, noisy: Any, seed: Any, position: Any, best: Any) -> Non
 
 
 @compiled
-def each_noised_top(logits: Any, temperature: Any, seeds: Any, positions: Any, best: Any) -> None:
+def each_noised_top(logits: Any, temperature: Any, seeds: Any, positions: Any, best: Any, values: Any) -> None:
     for i in range(len(logits)):
-        noised_top(logits[i], temperature[i] > 0, seeds[i], positions[i], best[i])
+        noised_top(logits[i], temperature[i] > 0, seeds[i], positions[i], best[i], values[i])
 
 
 @compiled
@@ -353,5 +354,5 @@ def warm() -> None:
     number, none = np.zeros(1, np.int64), np.full((1, 1), -1, np.int64)
     cut_each(logits, keep, mass)
     each_noised(logits, mass, number, number, np.zeros(1, np.int64), np.zeros(1, np.float32))
-    each_noised_top(logits, mass, number, number, np.zeros((1, 1), np.int64))
+    each_noised_top(logits, mass, number, number, np.zeros((1, 1), np.int64), np.zeros((1, 1), np.float32))
     draw_reached(logits, none, np.zeros((1, 1), np.int64), number, mass, number, number, keep, mass)

@@ -31,15 +31,17 @@ def gumbel_argmax(
     return best, noised
 
 
-def gumbel_topk(logits: Array, temperature: Array, seeds: Array, positions: Array, count: int) -> Array:
-    """The `count` tokens with the largest logit plus noise, best first: int64[n, count]; the first is `gumbel_argmax`'s.
+def gumbel_topk(logits: Array, temperature: Array, seeds: Array, positions: Array, count: int) -> tuple[Array, Array]:
+    """The `count` tokens with the largest logit plus noise, best first, and those sums: int64[n, count], float32[n, count].
+    The first is `gumbel_argmax`'s.
 
     logits: float32[n, vocab_size], divided by the temperature already; temperature: float32[n], 0 = no noise; seeds and
     positions: int64[n].
     """
     best = np.empty((len(logits), count), dtype=np.int64)
-    loops.each_noised_top(np.ascontiguousarray(logits), temperature, seeds, positions, best)
-    return best
+    values = np.empty((len(logits), count), dtype=np.float32)
+    loops.each_noised_top(np.ascontiguousarray(logits), temperature, seeds, positions, best, values)
+    return best, values
 
 
 def uniform_philox(seeds: Array, offsets: Array) -> Array:

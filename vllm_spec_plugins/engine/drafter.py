@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A draft model in the engine: its layers beside the target's, its K/V in the same blocks.
+
+The draft's keys and values of a token stand in the block and at the offset where the target's stand, in caches of the
+draft's own layers. So there is one block table, prefix caching covers the draft as well, and a prompt is read once.
+Nodes of the tree that is being grown stand behind the root, in the order in which the draft gets them: slots that the
+scheduler keeps for it (`VllmConfig.num_lookahead_tokens`). Those whose tokens come true are moved to where the target's will
+stand; the others are overwritten.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from vllm.compilation.backends import set_model_tag
+from vllm.config import ModelConfig, VllmConfig, get_layers_from_vllm_config, replace
+from vllm.config.compilation import CUDAGraphMode
+from vllm.forward_context import BatchDescriptor, set_forward_context
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.model_loader import get_model
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.worker.gpu.attn_utils import init_attn_backend
+from vllm.v1.worker.gpu.block_table import BlockTables
+from vllm.v1.worker.gpu.states import RequestState
+
+from vllm_spec_plugins.engine import attention, kv
+from vllm_spec_plugins.proposers.base import StepContext
+from vllm_spec_plugins.tree import loops
+from vllm_spec_plugins.tree.tree import TokenTree
+
+# What vLLM's kernels take for "do not write".
+_NO_SLOT = -1
+
+
+def model_config(target: ModelConfig, model: str) -> ModelConfig:
+    """The configuration of draft model `model` beside `target`."""
+    return ModelConfig(
+        model=model,
+        runner="draft",
+        tokenizer=target.tokenizer,
+        tokenizer_mode=target.tokenizer_mode,
+        trust_remote_code=target.trust_remote_code,
+        dtype=target.dtype,
+        seed=target.seed,
+        spec_target_max_model_len=target.max_model_len,
+        enforce_eager=target.enforce_eager,
+        max_logprobs=target.max_logprobs,
+        config_format=target.config_format,
+    )
+
+
+@dataclass(eq=False)
+class _Step:
+    """The batch that trees are grown for: its requests' slots [B], the positions of their roots [B], their blocks [B, M]."""
+
+    slots: np.ndarray
+    roots: np.ndarray
+    table: Tensor
+
+
+class Drafter:
+    """One draft model (`proposers.base.DraftModel`).
+
+    Made with the speculator, loaded after the target, bound to its K/V caches when those exist.
+
+    Args:
+        number: tells the layers of several draft models apart.
+        nodes: N, most nodes per tree.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, model: str, number: int, req_states: RequestState, nodes: int) -> None:
+        self.target_config, self.model_name, self.number = vllm_config, model, number
+        self.req_states = req_states
+        self.max_tokens = vllm_config.scheduler_config.max_num_batched_tokens
+        self.max_len = req_states.max_model_len
+        requests = req_states.max_num_reqs
+        # Tokens whose K/V is there, per request: always a prefix.
+        self.seen = np.zeros(requests, dtype=np.int64)
+        # The nodes that the draft has got, and the root that they stand below; -1 = none.
+        self.tokens = np.full((requests, nodes), -1, dtype=np.int64)
+        self.parents = np.zeros((requests, nodes), dtype=np.int64)
+        self.grown_at = np.full(requests, -1, dtype=np.int64)
+        self.layers: list[str] = []
+
+    def load(self) -> None:
+        """Load the weights; the layers enter the target's table of layers."""
+        kind: Any = AttentionLayerBase
+        before = set(get_layers_from_vllm_config(self.target_config, kind))
+        config = replace(
+            self.target_config,
+            model_config=model_config(self.target_config.model_config, self.model_name),
+            quant_config=None,
+        )
+        with set_model_tag(f"draft_{self.number}"):
+            self.model = get_model(vllm_config=config, prefix=f"draft_{self.number}")
+        after = get_layers_from_vllm_config(self.target_config, kind)
+        self.layers = [name for name in after if name not in before]
+
+    def bind(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables) -> None:
+        """Take the caches, the block table and the metadata builders of the draft's layers."""
+        own = set(self.layers)
+        groups = [i for i, group in enumerate(kv_cache_config.kv_cache_groups) if own & set(group.layer_names)]
+        if len(groups) != 1:
+            raise RuntimeError(
+                f"--plugin: the layers of draft model {self.model_name} stand in {len(groups)} K/V cache groups, not in one: "
+                f"use a draft with full attention in every layer"
+            )
+        (group,) = groups
+        self.attn_groups, _, _ = init_attn_backend(
+            kv_cache_config, self.target_config, torch.device("cpu"), active_layer_names=own
+        )
+        self.attn_groups = [self.attn_groups[group]]
+        self.block_size = block_tables.block_sizes[group]
+        self.table = block_tables.block_tables[group].gpu
+        layers = self.target_config.compilation_config.static_forward_context
+        self.caches = [layers[name].kv_cache for name in self.layers]
+
+    def add_request(self, slot: int, computed: int) -> None:
+        """A request moves into `slot` with `computed` tokens in the prefix cache, the draft's K/V with them."""
+        self.seen[slot], self.grown_at[slot] = computed, -1
+
+    def begin(self, ctx: StepContext) -> Tensor:
+        slots = ctx.slots.numpy()
+        emitted = ctx.num_emitted.numpy() > 0
+        # A request inside its prompt has no root yet: the draft reads what the target has read.
+        ends = self.req_states.num_computed_tokens.gpu.numpy()[slots].astype(np.int64) + emitted
+        self._keep(slots, ends)
+        self.step = _Step(slots, ends - 1, self.table[ctx.slots])
+        last: list[Tensor | None] = [None] * len(slots)
+        first, todo = self.seen[slots], ends - self.seen[slots]
+        while todo.any():
+            room = np.maximum(self.max_tokens - (todo.cumsum() - todo), 0)
+            count = np.minimum(todo, room)
+            part = np.flatnonzero(count)
+            hidden = self._read(part, first[part], count[part])
+            for line, b in enumerate(part):
+                last[b] = hidden[line]
+            first, todo = first + count, todo - count
+        self.seen[slots], self.grown_at[slots] = ends, np.where(emitted, ends - 1, -1)
+        self.tokens[slots] = -1
+        assert all(each is not None for each in last), "a request in the batch has no new token"
+        return self.model.compute_logits(torch.stack(last)).float()  # type: ignore[arg-type]
+
+    def extend(self, tree: TokenTree, request: Tensor, row: Tensor) -> Tensor:
+        step = self.step
+        nodes = tree.tokens.shape[1]
+        self.tokens[step.slots, :nodes], self.parents[step.slots, :nodes] = tree.tokens.numpy(), tree.parents.numpy()
+        roots = torch.from_numpy(step.roots)
+        place = roots[request] + row
+        position = (roots[request] + tree.depth[request, row]).clamp(max=self.max_len - 1)
+        slot = torch.where(place < self.max_len, self._slots(step.table, request, place), _NO_SLOT)
+        rows = attention.TreeRows(
+            num_tokens=len(row),
+            request=request,
+            prefix=roots,
+            behind=(self.max_len - roots).clamp(max=nodes + 1),
+            sees=tree.ancestors()[request, row],
+            table=step.table,
+            block_size=self.block_size,
+        )
+        metadata = attention.only_trees(rows, slot)
+        token = tree.tokens[request, row - 1]
+        return self.model.compute_logits(self._run(token, position, dict.fromkeys(self.layers, metadata), slot)).float()
+
+    def _keep(self, slots: np.ndarray, ends: np.ndarray) -> None:
+        """Move the K/V of the nodes that have come true; the new roots are read anew, for their logits."""
+        known = self.req_states.all_token_ids.gpu.numpy()
+        request, source, target, seen = loops.follow(
+            self.tokens, self.parents, slots, self.grown_at, self.seen, ends, known, self.max_len
+        )
+        self.seen[slots] = seen
+        if len(request):
+            rows = torch.from_numpy(slots[request])
+            kv.commit(
+                self.caches, self.table[rows], self.block_size, torch.from_numpy(source), torch.from_numpy(target)
+            )
+
+    def _read(self, part: np.ndarray, first: np.ndarray, count: np.ndarray) -> Tensor:
+        """Run known tokens through the draft: `count` of them from position `first` for requests `part` of the batch, all
+        [P]. Returns [P, H], the hidden states of each one's last token.
+        """
+        starts = np.zeros(len(part) + 1, dtype=np.int32)
+        np.cumsum(count, out=starts[1:])
+        local = np.repeat(np.arange(len(part)), count)
+        place = np.arange(starts[-1]) - starts[local] + first[local]
+        token = self.req_states.all_token_ids.gpu.numpy()[self.step.slots[part][local], place]
+        position, table = torch.from_numpy(place), self.step.table[torch.from_numpy(part)]
+        slot = self._slots(table, torch.from_numpy(local), position)
+        lengths = first + count
+        bounds = torch.from_numpy(starts)
+        common = CommonAttentionMetadata(
+            query_start_loc=bounds,
+            query_start_loc_cpu=bounds,
+            seq_lens=torch.from_numpy(lengths.astype(np.int32)),
+            num_reqs=len(part),
+            num_actual_tokens=len(place),
+            max_query_len=int(count.max()),
+            max_seq_len=int(lengths.max()),
+            block_table_tensor=table,
+            slot_mapping=slot,
+        )
+        metadata: dict[str, Any] = {}
+        for groups in self.attn_groups:
+            for group in groups:
+                metadata |= dict.fromkeys(group.layer_names, group.get_metadata_builder(0).build(0, common))
+        hidden = self._run(torch.from_numpy(token), position, metadata, slot)
+        return hidden[bounds[1:].long() - 1]
+
+    def _slots(self, table: Tensor, request: Tensor, place: Tensor) -> Tensor:
+        """[M] int64 slots of positions `place` [M] of requests `request` [M], rows of `table`."""
+        index = (place // self.block_size).clamp(max=table.shape[1] - 1)
+        return table[request, index].long() * self.block_size + place % self.block_size
+
+    def _run(self, token: Tensor, position: Tensor, metadata: dict[str, Any], slot: Tensor) -> Tensor:
+        """[M, H] hidden states of one forward pass."""
+        with set_forward_context(
+            metadata,
+            self.target_config,
+            num_tokens=len(token),
+            cudagraph_runtime_mode=CUDAGraphMode.NONE,
+            batch_descriptor=BatchDescriptor(num_tokens=len(token)),
+            slot_mapping=dict.fromkeys(self.layers, slot),
+        ):
+            hidden = self.model(input_ids=token.int(), positions=position)
+        return hidden[0] if isinstance(hidden, tuple) else hidden

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Token trees from a draft model.
+
+Miao et al., "SpecInfer: Accelerating Large Language Model Serving with Tree-based Speculative Inference and Verification",
+arXiv 2305.09781, section 3: an expansion vector <k1..km> gives every node at depth i k_{i+1} children. Without one the tree
+is grown for a budget from the draft's own chances. Children are the draft's best tokens with the noise that the target will
+draw with ("coupled children"), so the walk finds a sampled request's draw among them; the paper's rule needs the draft's
+probabilities and gives another text than plain decoding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from vllm_spec_plugins.compiled import loops_for
+from vllm_spec_plugins.proposers.base import DraftModel, Likeliest, StepContext, least_chance
+from vllm_spec_plugins.tree.tree import TokenTree
+
+# Candidates of a row that share its chance; those behind them are taken to have none.
+CONSIDERED = 8
+
+
+class SpecInferProposer:
+    """Grows a tree level by level, one forward pass of the draft model over each level.
+
+    The chance of a child given its parent is the softmax of the scores, logit + temperature * noise, of the row's best
+    candidates: the noise is known, so what is left uncertain is how far the draft's logits lie from the target's.
+
+    Args:
+        draft: None: only the shape of the trees is asked for.
+        widths: children per node at each depth; every tree is this shape. None: grown for `nodes`.
+        nodes: N without `widths`: at most this many nodes.
+        depth: without `widths`: at most this many levels.
+        ranks: without `widths`: candidates per node.
+        min_chance: without `widths`, as for LookaheadProposer.
+    """
+
+    name = "specinfer"
+    reads_draws = reads_hidden = remembers = False
+
+    def __init__(
+        self,
+        draft: DraftModel | None,
+        *,
+        widths: Sequence[int] | None = None,
+        nodes: int = 16,
+        depth: int = 4,
+        ranks: int = 4,
+        min_chance: float = 0.12,
+    ) -> None:
+        self.draft, self.fixed, self.min_chance = draft, widths is not None, min_chance
+        if widths is not None:
+            self.children = list(widths)
+            # Every node but those of the last level is expanded.
+            self.expanded = [1]
+            for width in widths[:-1]:
+                self.expanded.append(self.expanded[-1] * width)
+            self.num_nodes = sum(rows * width for rows, width in zip(self.expanded, widths, strict=True))
+        else:
+            depth = min(depth, nodes)
+            self.children = [min(ranks, nodes)] * depth
+            # The draft's rows must fit in the slots that the nodes will have: the root's is one more.
+            beam = max(1, (nodes - 1) // max(1, depth - 1))
+            self.expanded = [1] + [min(ranks**level, beam) for level in range(1, depth)]
+            self.num_nodes = nodes
+        self.max_depth = len(self.children)
+
+    def add_request(self, slot: int, prompt_len: int) -> None:
+        """Nothing is remembered here: the draft model's K/V is the engine's."""
+
+    def propose(self, ctx: StepContext) -> TokenTree:
+        """The best tree among what the draft finds likely."""
+        assert self.draft is not None and ctx.likeliest is not None
+        batch, device = len(ctx.slots), ctx.slots.device
+        budget = self.num_nodes if ctx.budget is None else min(ctx.budget, self.num_nodes)
+        least = 0.0 if self.fixed else least_chance(self.min_chance, batch)
+        every = torch.arange(batch, device=device)
+        found = _children(ctx.likeliest, self.draft.begin(ctx), every, torch.zeros_like(every), self.children[0])
+
+        # Candidates, all levels: [B, C]. Their parents are candidates (1-based; 0 = root).
+        tokens, chances = found
+        parents = torch.zeros_like(tokens)
+        # Those of the last level: the first one's number, and their parents' rows in the draft's tree.
+        start, owner = 0, parents
+        drafted = TokenTree(tokens[:, :0], parents[:, :0])
+        for level in range(1, self.max_depth):
+            best, index = chances[:, start:].topk(min(self.expanded[level], chances.shape[1] - start), 1)
+            wanted = (best >= least) & (best > 0)
+            if loops_for(wanted) and not bool(wanted.any()):
+                break
+            row = drafted.tokens.shape[1] + 1 + torch.arange(best.shape[1], device=device)
+            token = tokens[:, start:].gather(1, index).masked_fill(~wanted, -1)
+            drafted = TokenTree(
+                torch.cat((drafted.tokens, token), 1),
+                torch.cat((drafted.parents, owner.gather(1, index).masked_fill(~wanted, 0)), 1),
+            )
+            request, column = wanted.nonzero(as_tuple=True)
+            logits = self.draft.extend(drafted, request, row[column])
+            found = _children(ctx.likeliest, logits, request, torch.full_like(request, level), self.children[level])
+            count = self.children[level]
+            more = tokens.new_full((batch, best.shape[1], count), -1)
+            more[request, column] = found[0]
+            path = chances.new_zeros(batch, best.shape[1], count)
+            path[request, column] = found[1] * best[request, column].unsqueeze(1)
+            parent = (start + index + 1).repeat_interleave(count, 1)
+            start, owner = tokens.shape[1], row.expand(batch, -1).repeat_interleave(count, 1)
+            tokens, parents = torch.cat((tokens, more.flatten(1)), 1), torch.cat((parents, parent), 1)
+            chances = torch.cat((chances, path.flatten(1)), 1)
+        return _best(tokens, parents, chances, self.num_nodes, budget, least, self.max_depth)
+
+
+def _children(
+    likeliest: Likeliest, logits: Tensor, request: Tensor, place: Tensor, count: int
+) -> tuple[Tensor, Tensor]:
+    """Tokens [M, K] int64 and their chances [M, K] float32, best first."""
+    tokens, scores = likeliest(logits, request, place, min(max(count, CONSIDERED), logits.shape[1]))
+    return tokens[:, :count], scores.softmax(1)[:, :count]
+
+
+def _best(
+    tokens: Tensor, parents: Tensor, chances: Tensor, nodes: int, limit: int, least: float, max_depth: int
+) -> TokenTree:
+    """The `limit` candidates with the largest chances, none below `least`, as a tree; [B, C] each, parents 1-based.
+
+    A child's chance is at most its parent's, and parents stand before their children, so the largest ones, of equals the
+    first, are a tree, in this order too.
+    """
+    batch, count = tokens.shape
+    taken = min(nodes, count)
+    chance, order = chances.sort(dim=1, descending=True, stable=True)
+    chance, order = chance[:, :taken], order[:, :taken]
+    place = torch.arange(taken, device=tokens.device)
+    kept = (chance >= least) & (chance > 0) & (place < limit)
+    row = torch.zeros(batch, count + 1, dtype=torch.int64, device=tokens.device)
+    row.scatter_(1, order + 1, (place + 1).expand(batch, -1))
+    token = tokens.gather(1, order).masked_fill(~kept, -1)
+    parent = row.gather(1, parents.gather(1, order)).masked_fill(~kept, 0)
+    return TokenTree(
+        pad(token, (0, nodes - taken), value=-1), pad(parent, (0, nodes - taken)), max_depth, (chance * kept).sum(1)
+    )
