@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trees grown from a draft model: their shape, their order, and what the draft is asked."""
+
+import pytest
+import torch
+
+from vllm_spec_plugins.config import SettingError, SpecInferSettings
+from vllm_spec_plugins.proposers.base import StepContext
+from vllm_spec_plugins.proposers.specinfer import CONSIDERED, SpecInferProposer
+
+VOCAB = 40
+
+
+class PathModel:
+    """A draft model whose logits are a function of the path, and that keeps account of what it was asked."""
+
+    def __init__(self, seed, sharpness=2.0):
+        self.seed, self.sharpness = seed, sharpness
+        self.asked = []
+
+    def logits(self, request, path):
+        generator = torch.Generator().manual_seed(hash((self.seed, request, *path)) % (1 << 60))
+        return torch.randn(VOCAB, generator=generator) * self.sharpness
+
+    def begin(self, ctx):
+        self.asked = []
+        return torch.stack([self.logits(b, ()) for b in range(len(ctx.slots))])
+
+    def extend(self, tree, request, row):
+        out = []
+        for b, r in zip(request.tolist(), row.tolist(), strict=True):
+            path, at = [], r
+            while at:
+                assert tree.tokens[b, at - 1] >= 0
+                path.insert(0, int(tree.tokens[b, at - 1]))
+                at = int(tree.parents[b, at - 1])
+                assert at == 0 or (b, at) in [(x, y) for x, y, _ in self.asked]
+            self.asked.append((b, r, tuple(path)))
+            out.append(self.logits(b, tuple(path)))
+        return torch.stack(out) if out else torch.empty(0, VOCAB)
+
+
+def likeliest(logits, request, place, count):
+    return logits.topk(count, 1)[::-1]
+
+
+def context(batch, budget=None):
+    return StepContext(
+        slots=torch.arange(batch),
+        token_ids=torch.zeros(batch, 20, dtype=torch.int32),
+        lengths=torch.full((batch,), 5),
+        max_length=5,
+        num_emitted=torch.ones(batch),
+        likeliest=likeliest,
+        budget=budget,
+    )
+
+
+def nodes_of(tree, b):
+    """Paths of a tree's nodes in their order."""
+    paths = [()]
+    for token, parent in zip(tree.tokens[b].tolist(), tree.parents[b].tolist(), strict=True):
+        if token >= 0:
+            paths.append((*paths[parent], token))
+    return paths[1:]
+
+
+def chances(model, b, path):
+    """(token, chance) of the children of a path, best first."""
+    best, tokens = model.logits(b, path).topk(CONSIDERED)
+    return list(zip(tokens.tolist(), best.softmax(0).tolist(), strict=True))
+
+
+@pytest.mark.parametrize("widths", [(1,), (3, 2, 1), (2, 2, 2), (1, 1, 3, 1)])
+def test_an_expansion_vector_gives_every_node_its_number_of_children(widths, seed):
+    model = PathModel(seed)
+    proposer = SpecInferProposer(model, widths=widths)
+    tree = proposer.propose(context(3))
+    tree.validate()
+    assert (proposer.max_depth, proposer.num_nodes) == (len(widths), tree.tokens.shape[1])
+    for b in range(3):
+        expected, level = [], [()]
+        for width in widths:
+            level = [(*path, token) for path in level for token, _ in chances(model, b, path)[:width]]
+            expected += level
+        assert sorted(nodes_of(tree, b)) == sorted(expected)
+    # The draft has room for as many rows as the tree has nodes, less one.
+    assert max(row for _, row, _ in model.asked or [(0, 0, ())]) < proposer.num_nodes or len(widths) == 1
+
+
+def test_a_grown_tree_is_the_best_of_what_the_draft_was_asked(seed):
+    model = PathModel(seed)
+    proposer = SpecInferProposer(model, nodes=10, depth=4, ranks=3, min_chance=0.0)
+    tree = proposer.propose(context(2))
+    tree.validate()
+    for b in range(2):
+        asked = [()] + [path for request, _, path in model.asked if request == b]
+        chance = {(): 1.0}
+        for path in asked:
+            for token, conditional in chances(model, b, path)[:3]:
+                chance[(*path, token)] = chance[path] * conditional
+        del chance[()]
+        best = sorted(chance, key=lambda path: -chance[path])[:10]
+        assert nodes_of(tree, b) == best
+        assert float(tree.gain[b]) == pytest.approx(sum(chance[path] for path in best), rel=1e-4)
+    assert max(row for _, row, _ in model.asked) < 10
+
+
+def test_the_budget_and_the_least_chance_cut_the_tree_from_the_end(seed):
+    model = PathModel(seed)
+    whole = SpecInferProposer(model, nodes=10, min_chance=0.0).propose(context(1))
+    cut = SpecInferProposer(model, nodes=10, min_chance=0.0).propose(context(1, budget=4))
+    assert cut.num_nodes.tolist() == [4]
+    assert torch.equal(cut.tokens[:, :4], whole.tokens[:, :4]) and cut.tokens.shape == whole.tokens.shape
+    strict = SpecInferProposer(PathModel(seed, sharpness=0.0), nodes=10, min_chance=0.5)
+    assert strict.propose(context(1)).num_nodes.tolist() == [0]
+
+
+def test_a_draft_that_is_sure_of_nothing_is_not_run_again():
+    model = PathModel(0, sharpness=0.0)
+    SpecInferProposer(model, nodes=10, min_chance=0.3).propose(context(2))
+    assert model.asked == []
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({}, "model is missing"),
+        ({"model": "m", "widths": "2,2"}, "widths=2,2 is not numbers"),
+        ({"model": "m", "widths": "0-2"}, "widths=0-2 is not numbers"),
+        ({"model": "m", "widths": "9-9-9"}, "widths=9-9-9 makes trees of 819 nodes; valid are at most 128"),
+        ({"model": "m", "widths": "2-2", "nodes": 8}, "widths=2-2 fixes the tree, so nodes=8 does not go with it"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(given, sentence):
+    with pytest.raises(SettingError) as error:
+        SpecInferSettings.parse(given)
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_widths_are_read_from_the_flag():
+    assert SpecInferSettings.parse({"model": "m", "widths": "2-2-1-1"}).expansion == [2, 2, 1, 1]
+    assert SpecInferSettings.parse({"model": "m"}).expansion == []
