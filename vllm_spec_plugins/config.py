@@ -7,7 +7,7 @@ Everything is checked once, at start. Every error is one sentence that names the
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from typing import Any, ClassVar, Self, get_type_hints
@@ -56,8 +56,17 @@ class Settings:
         """Raise SettingError when the values do not go together."""
 
     def as_dict(self) -> dict[str, Any]:
-        """All values by key, with ``name``: what `parse_plugin` takes back."""
+        """All values by key, with ``name``: what `parse_plugins` takes back."""
         return {"name": self.name, **{f.name: getattr(self, f.name) for f in fields(self)}}
+
+    def as_given(self) -> Any:
+        """What `registry.resolve` takes back: plain data that JSON can carry."""
+        return self.as_dict()
+
+    @property
+    def title(self) -> str:
+        """What stands behind the flag in a sentence about all of it."""
+        return self.name
 
 
 @dataclass(frozen=True)
@@ -151,12 +160,57 @@ class MedusaSettings(SpeculationSettings):
             )
 
 
-def parse_plugin(value: str | Mapping[str, Any], known: Mapping[str, type[Settings]]) -> Settings:
-    """One plugin as the flag, JSON, the environment or Python gives it -> its validated settings.
+@dataclass(frozen=True)
+class MixSettings(SpeculationSettings):
+    """Several plugins propose, one tree is verified. ``--plugin mix:...`` beside the others sets what is the mixture's own."""
 
-    ``lookahead`` | ``lookahead:window=7,ngram=5`` | ``{"name": "lookahead", "window": 7}`` (text or mapping).
-    Raises SettingError.
+    name: ClassVar[str] = "mix"
+
+    nodes: int = setting(0, "most nodes of the tree of all; 0: the largest of theirs", least=0, most=128)
+    sources: tuple[Settings, ...] = field(
+        default=(), metadata={"doc": "the plugins; each is a --plugin of its own", "least": None, "most": None}
+    )
+
+    @classmethod
+    def parse(cls, given: Mapping[str, Any]) -> Self:
+        if "sources" in given:
+            raise SettingError(
+                f"{FLAG} {cls.name}: there is no setting 'sources'; give each plugin a {FLAG} of its own beside {cls.name}"
+            )
+        return super().parse(given)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"name": self.name, "adapt": self.adapt, "nodes": self.nodes}
+
+    def as_given(self) -> list[dict[str, Any]]:
+        return [*(source.as_dict() for source in self.sources), self.as_dict()]
+
+    @property
+    def title(self) -> str:
+        return f" {FLAG} ".join(source.name for source in self.sources)
+
+
+Given = str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]]
+
+
+def parse_plugins(value: Given, known: Mapping[str, type[Settings]]) -> list[Settings]:
+    """Plugins as the flag, JSON, the environment or Python gives them -> the validated settings of each.
+
+    ``lookahead`` | ``lookahead:window=7,ngram=5`` | ``{"name": "lookahead", "window": 7}`` (text or mapping); several as a
+    list of these (text or sequence), or with `` & `` between them. Raises SettingError.
     """
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = _read_json(value)
+    elif isinstance(value, str) and not value.lstrip().startswith("{"):
+        value = value.split(" & ")
+    if isinstance(value, (str, Mapping)):
+        value = [value]
+    if not isinstance(value, Sequence) or not all(isinstance(item, (str, Mapping)) for item in value):
+        raise SettingError(f'{FLAG} {value}: is not a list of plugins; write ["lookahead", {{"name": "medusa", ...}}]')
+    return [_parse_one(item, known) for item in value]
+
+
+def _parse_one(value: str | Mapping[str, Any], known: Mapping[str, type[Settings]]) -> Settings:
     name, given = _split(value)
     if name not in known:
         raise SettingError(
@@ -181,16 +235,20 @@ def _split(value: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         return name, given
 
     if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise SettingError(
-                f"{FLAG} {value}: is not valid JSON ({error.msg} at character {error.pos}); "
-                f'write {{"name": "lookahead", "window": 7}}'
-            ) from error
+        value = _read_json(value)
     if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
         raise SettingError(f'{FLAG} {value}: has no "name"; write {{"name": "lookahead", "window": 7}}')
     return value["name"], {key: item for key, item in value.items() if key != "name"}
+
+
+def _read_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise SettingError(
+            f"{FLAG} {text}: is not valid JSON ({error.msg} at character {error.pos}); "
+            f'write {{"name": "lookahead", "window": 7}}'
+        ) from error
 
 
 def _typed(plugin: str, key: str, value: Any, kind: type) -> Any:
