@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from itertools import accumulate
@@ -59,8 +59,17 @@ class Settings:
         """Raise SettingError when the values do not go together."""
 
     def as_dict(self) -> dict[str, Any]:
-        """All values by key, with ``name``: what `parse_plugin` takes back."""
+        """All values by key, with ``name``: what `parse_plugins` takes back."""
         return {"name": self.name, **{f.name: getattr(self, f.name) for f in fields(self)}}
+
+    def as_given(self) -> Any:
+        """What `registry.resolve` takes back: plain data that JSON can carry."""
+        return self.as_dict()
+
+    @property
+    def title(self) -> str:
+        """What stands behind the flag in a sentence about all of it."""
+        return self.name
 
 
 @dataclass(frozen=True)
@@ -160,7 +169,7 @@ class SpecInferSettings(SpeculationSettings):
 
     name: ClassVar[str] = "specinfer"
 
-    model: str = setting("", "folder or hub id of the draft model; it must have the target's vocabulary")
+    model: str = setting("", "folder or hub id of the draft model; several with + between")
     widths: str = setting("", "children per node at each depth, as 2-2-1-1; without it the tree is grown for nodes")
     nodes: int = setting(16, "most tree nodes per step", least=1, most=128)
     depth: int = setting(4, "most levels, each a forward pass of the draft model", least=1, most=16)
@@ -170,10 +179,12 @@ class SpecInferSettings(SpeculationSettings):
     )
 
     def check(self) -> None:
-        if not self.model:
+        if not all(self.models):
             raise SettingError(
                 f"{FLAG} {self.name}: model is missing; write {self.name}:model=FOLDER_OR_HUB_ID of a draft model"
             )
+        if len(set(self.models)) < len(self.models):
+            raise SettingError(f"{FLAG} {self.name}: model={self.model} names a draft model twice; give it once")
         if not self.widths:
             return
         defaults = {f.name: f.default for f in fields(self)}
@@ -186,10 +197,20 @@ class SpecInferSettings(SpeculationSettings):
             raise SettingError(
                 f"{FLAG} {self.name}: widths={self.widths} is not numbers from 1 to 99 with dashes between; write 2-2-1-1"
             )
-        if (nodes := sum(accumulate(self.expansion, mul))) > 128:
+        if (nodes := self.most_nodes * len(self.models)) > 128:
             raise SettingError(
                 f"{FLAG} {self.name}: widths={self.widths} makes trees of {nodes} nodes; valid are at most 128"
             )
+
+    @property
+    def models(self) -> list[str]:
+        """The draft models."""
+        return [model.strip() for model in self.model.split("+")]
+
+    @property
+    def most_nodes(self) -> int:
+        """Nodes of one draft model's tree."""
+        return sum(accumulate(self.expansion, mul)) if self.widths else self.nodes
 
     @property
     def expansion(self) -> list[int]:
@@ -197,12 +218,57 @@ class SpecInferSettings(SpeculationSettings):
         return [int(width) for width in self.widths.split("-")] if self.widths else []
 
 
-def parse_plugin(value: str | Mapping[str, Any], known: Mapping[str, type[Settings]]) -> Settings:
-    """One plugin as the flag, JSON, the environment or Python gives it -> its validated settings.
+@dataclass(frozen=True)
+class MixSettings(SpeculationSettings):
+    """Several plugins propose, one tree is verified. ``--plugin mix:...`` beside the others sets what is the mixture's own."""
 
-    ``lookahead`` | ``lookahead:window=7,ngram=5`` | ``{"name": "lookahead", "window": 7}`` (text or mapping).
-    Raises SettingError.
+    name: ClassVar[str] = "mix"
+
+    nodes: int = setting(0, "most nodes of the tree of all; 0: the largest of theirs", least=0, most=128)
+    sources: tuple[Settings, ...] = field(
+        default=(), metadata={"doc": "the plugins; each is a --plugin of its own", "least": None, "most": None}
+    )
+
+    @classmethod
+    def parse(cls, given: Mapping[str, Any]) -> Self:
+        if "sources" in given:
+            raise SettingError(
+                f"{FLAG} {cls.name}: there is no setting 'sources'; give each plugin a {FLAG} of its own beside {cls.name}"
+            )
+        return super().parse(given)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"name": self.name, "adapt": self.adapt, "nodes": self.nodes}
+
+    def as_given(self) -> list[dict[str, Any]]:
+        return [*(source.as_dict() for source in self.sources), self.as_dict()]
+
+    @property
+    def title(self) -> str:
+        return f" {FLAG} ".join(source.name for source in self.sources)
+
+
+Given = str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]]
+
+
+def parse_plugins(value: Given, known: Mapping[str, type[Settings]]) -> list[Settings]:
+    """Plugins as the flag, JSON, the environment or Python gives them -> the validated settings of each.
+
+    ``lookahead`` | ``lookahead:window=7,ngram=5`` | ``{"name": "lookahead", "window": 7}`` (text or mapping); several as a
+    list of these (text or sequence), or with `` & `` between them. Raises SettingError.
     """
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = _read_json(value)
+    elif isinstance(value, str) and not value.lstrip().startswith("{"):
+        value = value.split(" & ")
+    if isinstance(value, (str, Mapping)):
+        value = [value]
+    if not isinstance(value, Sequence) or not all(isinstance(item, (str, Mapping)) for item in value):
+        raise SettingError(f'{FLAG} {value}: is not a list of plugins; write ["lookahead", {{"name": "medusa", ...}}]')
+    return [_parse_one(item, known) for item in value]
+
+
+def _parse_one(value: str | Mapping[str, Any], known: Mapping[str, type[Settings]]) -> Settings:
     name, given = _split(value)
     if name not in known:
         raise SettingError(
@@ -227,16 +293,20 @@ def _split(value: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         return name, given
 
     if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise SettingError(
-                f"{FLAG} {value}: is not valid JSON ({error.msg} at character {error.pos}); "
-                f'write {{"name": "lookahead", "window": 7}}'
-            ) from error
+        value = _read_json(value)
     if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
         raise SettingError(f'{FLAG} {value}: has no "name"; write {{"name": "lookahead", "window": 7}}')
     return value["name"], {key: item for key, item in value.items() if key != "name"}
+
+
+def _read_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise SettingError(
+            f"{FLAG} {text}: is not valid JSON ({error.msg} at character {error.pos}); "
+            f'write {{"name": "lookahead", "window": 7}}'
+        ) from error
 
 
 def _typed(plugin: str, key: str, value: Any, kind: type) -> Any:

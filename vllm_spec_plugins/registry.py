@@ -3,27 +3,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from vllm_spec_plugins.config import (
     FLAG,
+    Given,
     JacobiSettings,
     LookaheadSettings,
     MedusaSettings,
+    MixSettings,
     NoneSettings,
     SettingError,
     Settings,
     SpecInferSettings,
-    parse_plugin,
+    SpeculationSettings,
+    parse_plugins,
 )
 from vllm_spec_plugins.proposers.base import DraftModel, Proposer
 from vllm_spec_plugins.proposers.jacobi import JacobiProposer
 from vllm_spec_plugins.proposers.lookahead import LookaheadProposer
 from vllm_spec_plugins.proposers.medusa import HeadShapes, MedusaHeads, MedusaProposer
+from vllm_spec_plugins.proposers.mixture import MixtureProposer
 from vllm_spec_plugins.proposers.specinfer import SpecInferProposer
 from vllm_spec_plugins.tree.accept import AcceptRule, Walk
 
@@ -55,6 +59,10 @@ class Draft:
     same_tokens: bool
 
 
+# For a proposer of which only the shape and the kind are asked.
+SMALLEST = Surroundings(1, max_model_len=1, vocab_size=1, eos_token_ids=(), device=torch.device("cpu"))
+
+
 @dataclass(frozen=True)
 class Target:
     """What is known of the target model before it is loaded; `shapes` reads those of a checkpoint's tensors, `draft` what
@@ -75,7 +83,7 @@ class Method:
     settings    validated settings class; carries the name
     proposer    settings, surroundings -> Proposer; None: no speculation
     rule        settings -> AcceptRule
-    drafts      its proposer asks for draft models, which write K/V behind the roots
+    slots       settings -> K/V slots behind the root that its draft models write to
     check       settings, target: raises SettingError when they do not fit together; before the engine's processes start
     """
 
@@ -83,14 +91,13 @@ class Method:
     proposer: Callable[[Any, Surroundings], Proposer] | None
     rule: Callable[[Any], AcceptRule]
     check: Callable[[Any, Target], None] | None = None
-    drafts: bool = False
+    slots: Callable[[Any], int] = lambda _: 0
 
     def shape(self, settings: Settings) -> tuple[int, int]:
         """Nodes per tree without the root, and the depth of the deepest; (0, 0) without speculation."""
         if self.proposer is None:
             return 0, 0
-        smallest = Surroundings(1, max_model_len=1, vocab_size=1, eos_token_ids=(), device=torch.device("cpu"))
-        proposer = self.proposer(settings, smallest)
+        proposer = self.proposer(settings, SMALLEST)
         return proposer.num_nodes, proposer.max_depth
 
 
@@ -175,10 +182,10 @@ def _check_medusa(settings: MedusaSettings, target: Target) -> None:
         )
 
 
-def _specinfer(settings: SpecInferSettings, around: Surroundings) -> SpecInferProposer:
-    def proposer(draft: DraftModel | None) -> SpecInferProposer:
+def _specinfer(settings: SpecInferSettings, around: Surroundings) -> Proposer:
+    def proposer(model: str) -> SpecInferProposer:
         return SpecInferProposer(
-            draft,
+            None if around.draft is None else around.draft(model, settings.most_nodes),
             widths=settings.expansion or None,
             nodes=settings.nodes,
             depth=settings.depth,
@@ -186,12 +193,25 @@ def _specinfer(settings: SpecInferSettings, around: Surroundings) -> SpecInferPr
             min_chance=settings.min_chance,
         )
 
-    shape = proposer(None)
-    return shape if around.draft is None else proposer(around.draft(settings.model, shape.num_nodes))
+    drafts = [proposer(model) for model in settings.models]
+    if len(drafts) == 1:
+        return drafts[0]
+    fixed = bool(settings.expansion)
+    return MixtureProposer(
+        drafts,
+        max_requests=around.max_requests,
+        device=around.device,
+        nodes=settings.most_nodes * len(drafts) if fixed else settings.nodes,
+        min_chance=0.0 if fixed else settings.min_chance,
+    )
 
 
 def _check_specinfer(settings: SpecInferSettings, target: Target) -> None:
-    name = settings.model
+    for model in settings.models:
+        _check_draft(model, target)
+
+
+def _check_draft(name: str, target: Target) -> None:
     try:
         draft = target.draft(name)
     except ValueError as error:
@@ -215,16 +235,98 @@ def _check_specinfer(settings: SpecInferSettings, target: Target) -> None:
         )
 
 
+def _mix(settings: MixSettings, around: Surroundings) -> MixtureProposer:
+    return MixtureProposer(
+        [proposer_of(source, around) for source in settings.sources],
+        max_requests=around.max_requests,
+        device=around.device,
+        nodes=settings.nodes,
+        min_chance=min((getattr(source, "min_chance", 0.0) for source in settings.sources), default=0.0),
+    )
+
+
+def _mixed_slots(settings: MixSettings) -> int:
+    return max((method_of(source).slots(source) for source in settings.sources), default=0)
+
+
+def _check_mix(settings: MixSettings, target: Target) -> None:
+    for source in settings.sources:
+        check = method_of(source).check
+        if check is not None:
+            check(source, target)
+
+
 register(Method(NoneSettings, proposer=None, rule=lambda _: Walk()))
 register(Method(LookaheadSettings, proposer=_lookahead, rule=lambda _: Walk()))
 register(Method(JacobiSettings, proposer=_jacobi, rule=lambda _: Walk()))
 register(Method(MedusaSettings, proposer=_medusa, rule=lambda _: Walk(), check=_check_medusa))
-register(Method(SpecInferSettings, proposer=_specinfer, rule=lambda _: Walk(), check=_check_specinfer, drafts=True))
+register(
+    Method(
+        SpecInferSettings,
+        proposer=_specinfer,
+        rule=lambda _: Walk(),
+        check=_check_specinfer,
+        slots=lambda settings: settings.most_nodes,
+    )
+)
+register(Method(MixSettings, proposer=_mix, rule=lambda _: Walk(), check=_check_mix, slots=_mixed_slots))
 
 
-def resolve(value: str | Mapping[str, Any]) -> Settings:
-    """The settings that a flag, a JSON text or a mapping asks for. Raises SettingError."""
-    return parse_plugin(value, {name: method.settings for name, method in METHODS.items()})
+def plugins(value: Given) -> list[Settings]:
+    """The settings of each plugin that a flag, a JSON text, a mapping or a list of them names. Raises SettingError."""
+    return parse_plugins(value, {name: method.settings for name, method in METHODS.items()})
+
+
+def resolve(value: Given) -> Settings:
+    """The settings that all of it asks for: one plugin's, or those of a mixture. Raises SettingError."""
+    given = plugins(value)
+    if len(given) == 1 and not isinstance(given[0], MixSettings):
+        return given[0]
+    return _mixture(given)
+
+
+def _mixture(given: Sequence[Settings]) -> MixSettings:
+    names = [settings.name for settings in given]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise SettingError(f"{FLAG} {twice[0]}: is given {names.count(twice[0])} times; give it once")
+    own = next((settings for settings in given if isinstance(settings, MixSettings)), MixSettings())
+    sources = tuple(settings for settings in given if settings is not own)
+    others = ", ".join(settings.name for settings in sources)
+    if len(sources) < 2:
+        raise SettingError(
+            f"{FLAG} {own.name}: mixes two plugins or more, and there is {others or 'none'}; "
+            f"write {FLAG} lookahead {FLAG} medusa:model=HEADS {FLAG} {own.name}:nodes=24"
+        )
+    for source in sources:
+        method = method_of(source)
+        if method.proposer is None:
+            raise SettingError(f"{FLAG} {source.name}: has nothing to mix with the others ({others}); leave it out")
+        if not isinstance(method.rule(source), Walk):
+            raise SettingError(
+                f"{FLAG} {source.name}: accepts by a rule of its own, so it cannot be mixed ({others}); serve it alone"
+            )
+        if method.proposer(source, SMALLEST).reads_draws:
+            window = f" with window={source.window}" if isinstance(source, LookaheadSettings) else ""
+            raise SettingError(
+                f"{FLAG} {source.name}:{window} goes on from the draws at all rows of its own tree, which a mixture cuts "
+                f"and moves, so it cannot be mixed ({others}); {'use window=0' if window else 'serve it alone'}"
+            )
+    together = sum(method_of(source).shape(source)[0] for source in sources)
+    if own.nodes > together:
+        raise SettingError(
+            f"{FLAG} {own.name}: nodes={own.nodes} is more than the {together} that {others} propose together; "
+            f"use nodes={together} or less, or raise theirs"
+        )
+    every = (own, *sources)
+    adapt = all(isinstance(settings, SpeculationSettings) and settings.adapt for settings in every)
+    return replace(own, adapt=adapt, sources=sources)
+
+
+def proposer_of(settings: Settings, around: Surroundings) -> Proposer:
+    """The proposer of a method that speculates."""
+    make = method_of(settings).proposer
+    assert make is not None
+    return make(settings, around)
 
 
 def method_of(settings: Settings) -> Method:

@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
+import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import vllm_spec_plugins
 from vllm_spec_plugins import registry
-from vllm_spec_plugins.config import LookaheadSettings, NoneSettings, SettingError
+from vllm_spec_plugins.config import LookaheadSettings, MedusaSettings, MixSettings, NoneSettings, SettingError
 
 
 @pytest.mark.parametrize(
@@ -63,6 +67,29 @@ def test_settings_survive_the_way_to_another_process() -> None:
         ("none:window=3", "there is no setting 'window'; valid are none"),
         ('{"name": "lookahead", "window": }', "is not valid JSON"),
         ('{"window": 3}', 'has no "name"'),
+        ('["lookahead", 3]', 'is not a list of plugins; write ["lookahead", '),
+        ('["lookahead"', "is not valid JSON"),
+        (3, "is not a list of plugins"),
+        ("mix", "mix: mixes two plugins or more, and there is none; write --plugin lookahead --plugin medusa"),
+        ("lookahead & mix:nodes=24", "mix: mixes two plugins or more, and there is lookahead; write"),
+        ([], "mix: mixes two plugins or more, and there is none"),
+        ("mix:sources=lookahead", "mix: there is no setting 'sources'; give each plugin a --plugin of its own"),
+        ("mix:nodes=129 & lookahead", "mix: nodes=129 is out of range; valid are 0 to 128"),
+        ("lookahead & none", "none: has nothing to mix with the others (lookahead, none); leave it out"),
+        ("lookahead & lookahead:guesses=3", "lookahead: is given 2 times; give it once"),
+        ("lookahead & medusa:model=a & mix & mix:nodes=9", "mix: is given 2 times; give it once"),
+        ("lookahead & medusa", "medusa: model is missing"),
+        ("lookahead & lookahed", "there is no plugin 'lookahed' (did you mean 'lookahead'?)"),
+        (
+            "lookahead:window=4 & medusa:model=a",
+            "lookahead: with window=4 goes on from the draws at all rows of its own tree, which a mixture cuts and "
+            "moves, so it cannot be mixed (lookahead, medusa); use window=0",
+        ),
+        ("lookahead & jacobi", "jacobi: goes on from the draws at all rows of its own tree"),
+        (
+            "lookahead:nodes=9 & medusa:model=a,nodes=10 & mix:nodes=20",
+            "mix: nodes=20 is more than the 19 that lookahead, medusa propose together; use nodes=19 or less",
+        ),
         ({"name": "lookahead", "window": "3x"}, "window=3x is not a whole number"),
         ({"name": "lookahead", "window": True}, "window=True is not a whole number"),
         ({"name": "lookahead", "prompt_pool": 1}, "prompt_pool=1 is not true or false"),
@@ -83,6 +110,92 @@ def test_engine_args_carry_validated_settings_beside_what_else_the_config_holds(
     assert registry.resolve(given["additional_config"]["spec_plugins"]) == LookaheadSettings(window=7)
     with pytest.raises(SettingError, match="there is no setting 'columns'"):
         vllm_spec_plugins.engine_args("lookahead", columns=7)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        ["lookahead:guesses=3", "medusa:model=heads", "mix:nodes=24"],
+        ["mix:nodes=24", {"name": "lookahead", "guesses": 3}, "medusa:model=heads"],
+        "lookahead:guesses=3 & medusa:model=heads & mix:nodes=24",
+        '["lookahead:guesses=3", {"name": "medusa", "model": "heads"}, {"name": "mix", "nodes": 24}]',
+    ],
+)
+def test_several_plugins_may_be_written_in_several_ways(value: Any) -> None:
+    mixed = registry.resolve(value)
+    assert mixed == MixSettings(nodes=24, sources=(LookaheadSettings(guesses=3), MedusaSettings(model="heads")))
+    assert registry.resolve(mixed.as_given()) == mixed
+    assert registry.resolve(json.dumps(mixed.as_given())) == mixed
+    assert registry.method_of(mixed).shape(mixed) == (24, 16)
+
+
+def test_a_list_of_one_plugin_is_that_plugin() -> None:
+    assert registry.resolve(["lookahead:guesses=3"]) == LookaheadSettings(guesses=3)
+
+
+def test_a_folder_with_an_ampersand_needs_json() -> None:
+    settings = registry.resolve({"name": "medusa", "model": "/R & D/heads"})
+    assert settings == MedusaSettings(model="/R & D/heads")
+    assert registry.resolve(json.dumps([settings.as_dict(), "lookahead"])).sources[0] == settings
+    with pytest.raises(SettingError, match="there is no plugin 'D/heads'"):
+        registry.resolve("medusa:model=/R & D/heads")
+
+
+def test_the_tree_of_a_mixture_is_as_large_as_its_largest_source_unless_said() -> None:
+    mixed = registry.resolve("lookahead:nodes=9,draft_length=6 & medusa:model=heads,nodes=20")
+    assert registry.method_of(mixed).shape(mixed) == (20, 6)
+
+
+@pytest.mark.parametrize(
+    ("value", "adapt"),
+    [
+        ("lookahead & medusa:model=a", True),
+        ("lookahead:adapt=false & medusa:model=a", False),
+        ("lookahead & medusa:model=a,adapt=false", False),
+        ("lookahead & medusa:model=a & mix:adapt=false", False),
+    ],
+)
+def test_drafts_are_declined_only_if_every_plugin_lets_them(value: str, adapt: bool) -> None:
+    mixed = registry.resolve(value)
+    assert isinstance(mixed, MixSettings)
+    assert mixed.adapt is adapt
+
+
+def test_a_method_with_an_acceptance_rule_of_its_own_is_not_mixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Deferring:
+        name, lossless, needs_target = "deferring", False, False
+
+    method = dataclasses.replace(registry.METHODS["medusa"], rule=lambda _: Deferring())
+    monkeypatch.setitem(registry.METHODS, "medusa", method)
+    with pytest.raises(SettingError, match=r"medusa: accepts by a rule of its own, so it cannot be mixed"):
+        registry.resolve("lookahead & medusa:model=a")
+
+
+def test_engine_args_take_several_plugins() -> None:
+    given = vllm_spec_plugins.engine_args("lookahead", {"name": "medusa", "model": "heads"}, additional_config={"a": 1})
+    assert given["additional_config"]["a"] == 1
+    mixed = registry.resolve(given["additional_config"]["spec_plugins"])
+    assert mixed == MixSettings(sources=(LookaheadSettings(), MedusaSettings(model="heads")))
+    with pytest.raises(SettingError, match="nodes could belong to any of 2 plugins; write them with their plugin"):
+        vllm_spec_plugins.engine_args("lookahead", "medusa:model=heads", nodes=24)
+    with pytest.raises(SettingError, match="mixes two plugins or more, and there is none"):
+        vllm_spec_plugins.engine_args()
+
+
+def test_the_flag_may_be_given_several_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_spec_plugins.engine import flag
+
+    parser = flag.add_to(argparse.ArgumentParser())
+    expected = MixSettings(nodes=20, sources=(LookaheadSettings(), MedusaSettings(model="heads")))
+    for argv in (
+        ["--plugin", "lookahead", "--plugin", "medusa:model=heads", "--plugin", "mix:nodes=20"],
+        ["--plugin", "lookahead & medusa:model=heads", "--plugin", '{"name": "mix", "nodes": 20}'],
+    ):
+        engine_args = flag.read(SimpleNamespace(additional_config={"other": 1}), parser.parse_args(argv))
+        assert engine_args.additional_config["other"] == 1
+        assert flag._asked_for(engine_args) == expected
+    monkeypatch.setenv("VLLM_SPEC_PLUGIN", flag.to_environment(expected))
+    assert flag._asked_for(SimpleNamespace(additional_config=None)) == expected
 
 
 def test_every_setting_has_a_line_of_documentation() -> None:

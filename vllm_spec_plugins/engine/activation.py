@@ -26,9 +26,9 @@ def prepare(engine_args: Any, settings: Settings) -> None:
     own = speculative_config(nodes) if nodes else None
     if engine_args.speculative_config != own:  # the arguments of a restarted engine carry it already
         support.check_arguments(engine_args, settings)
-    engine_args.additional_config = {**(engine_args.additional_config or {}), CONFIG_KEY: settings.as_dict()}
+    engine_args.additional_config = {**(engine_args.additional_config or {}), CONFIG_KEY: settings.as_given()}
     engine_args.speculative_config = own
-    os.environ[ACTIVE] = json.dumps(settings.as_dict())
+    os.environ[ACTIVE] = json.dumps(settings.as_given())
     install()
 
 

@@ -27,14 +27,15 @@ def add_to(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         metavar="NAME[:KEY=VALUE,...]",
         help=f"Speculate with a plugin: {', '.join(registry.METHODS)}. Settings follow the name "
         f'("lookahead:guesses=4,ngram=5") or come as JSON (\'{{"name": "lookahead", "guesses": 4}}\'). '
+        f"Given several times, the plugins propose one tree together; {FLAG} mix:nodes=N sets its size. "
         f'"none" serves on the same runner without speculation. Also from the environment variable {ENVIRONMENT}.',
     )
     return parser
 
 
-def _valid(value: str) -> dict[str, Any]:
+def _valid(value: str) -> list[dict[str, Any]]:
     try:
-        return registry.resolve(value).as_dict()
+        return [settings.as_dict() for settings in registry.plugins(value)]
     except SettingError as error:
         raise argparse.ArgumentTypeError(str(error).removeprefix(FLAG).lstrip()) from error
 
@@ -42,14 +43,9 @@ def _valid(value: str) -> dict[str, Any]:
 def read(engine_args: Any, args: argparse.Namespace) -> Any:
     """Take the parsed flag over into engine arguments."""
     setattr(engine_args, _FROM_COMMAND_LINE, True)
-    given = getattr(args, "plugin", None) or []
-    if len(given) > 1:
-        names = ", ".join(item["name"] for item in given)
-        raise SystemExit(
-            f"vllm serve: error: {FLAG} is given {len(given)} times ({names}); this release runs one plugin"
-        )
+    given = [plugin for plugins in getattr(args, "plugin", None) or [] for plugin in plugins]
     if given:
-        engine_args.additional_config = {**(engine_args.additional_config or {}), CONFIG_KEY: given[0]}
+        engine_args.additional_config = {**(engine_args.additional_config or {}), CONFIG_KEY: given}
     return engine_args
 
 
@@ -83,4 +79,4 @@ def _asked_for(engine_args: Any) -> Settings | None:
 
 def to_environment(settings: Settings) -> str:
     """Settings as text for processes that this one starts."""
-    return json.dumps(settings.as_dict())
+    return json.dumps(settings.as_given())

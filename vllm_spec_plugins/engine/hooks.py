@@ -61,7 +61,7 @@ def _num_lookahead_tokens(original: Callable[[Any], int]) -> Callable[[Any], int
         settings = settings_of(self)
         if settings is None or not is_tree_method(self.speculative_config):
             return original(self)
-        return self.num_speculative_tokens if method_of(settings).drafts else 0
+        return method_of(settings).slots(settings)
 
     return num_lookahead_tokens
 

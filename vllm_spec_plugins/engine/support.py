@@ -34,10 +34,10 @@ def check_arguments(engine_args: Any, settings: Settings) -> None:
     """Raise SettingError when other flags, or the environment, contradict the plugin."""
     # Not vllm.envs: it keeps what it read when an engine was first built in this process.
     if os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "").strip().lower() in ("0", "false"):
-        raise SettingError(f"{FLAG} {settings.name}: VLLM_USE_V2_MODEL_RUNNER=0 asks for another runner; unset it")
+        raise SettingError(f"{FLAG} {settings.title}: VLLM_USE_V2_MODEL_RUNNER=0 asks for another runner; unset it")
     if engine_args.speculative_config:
         raise SettingError(
-            f"{FLAG} {settings.name}: conflicts with --speculative-config {engine_args.speculative_config}; give only one"
+            f"{FLAG} {settings.title}: conflicts with --speculative-config {engine_args.speculative_config}; give only one"
         )
 
 
@@ -47,7 +47,7 @@ def check_engine(config: VllmConfig, settings: Settings) -> None:
     if method.proposer is None:
         return
     for what, instead in _unsupported(config):
-        raise SettingError(f"{FLAG} {settings.name}: {what} is not supported; {instead}")
+        raise SettingError(f"{FLAG} {settings.title}: {what} is not supported; {instead}")
     if method.check is not None:
         model = config.model_config
         target = Target(

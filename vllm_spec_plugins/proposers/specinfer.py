@@ -139,6 +139,7 @@ def _best(
     row.scatter_(1, order + 1, (place + 1).expand(batch, -1))
     token = tokens.gather(1, order).masked_fill(~kept, -1)
     parent = row.gather(1, parents.gather(1, order)).masked_fill(~kept, 0)
+    rest = (0, nodes - taken)
     return TokenTree(
-        pad(token, (0, nodes - taken), value=-1), pad(parent, (0, nodes - taken)), max_depth, (chance * kept).sum(1)
+        pad(token, rest, value=-1), pad(parent, rest), min(max_depth, nodes), chance=pad(chance * kept, rest)
     )

@@ -5,10 +5,12 @@ from vllm_spec_plugins.tree.accept import Acceptance, AcceptRule, TargetRows, Wa
 from vllm_spec_plugins.tree.builders import append, chain, trie
 from vllm_spec_plugins.tree.topology import Topology, chain_topology, from_choices, lookahead_window, widths
 from vllm_spec_plugins.tree.tree import TokenTree
+from vllm_spec_plugins.tree.union import Forest, union
 
 __all__ = [
     "AcceptRule",
     "Acceptance",
+    "Forest",
     "TargetRows",
     "TokenTree",
     "Topology",
@@ -21,5 +23,6 @@ __all__ = [
     "from_choices",
     "lookahead_window",
     "trie",
+    "union",
     "widths",
 ]

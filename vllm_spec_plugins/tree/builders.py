@@ -43,7 +43,7 @@ def trie(
         nodes: N, the shape of the result.
         limit: at most this many nodes are present; None = `nodes`.
         odds: [B, G, L] float, c / (1 - c) with c the chance that the token is right if those before it are; the
-            result's `gain` is the sum of its nodes' chances.
+            result's `chance` is made of them.
         least: the smallest chance worth a node.
     """
     batch, count, length = ngrams.shape
@@ -53,20 +53,19 @@ def trie(
 
         grown = loops.trie(ngrams.numpy(), nodes, cap, odds.double().numpy(), least)
         tokens, links, chances = map(torch.from_numpy, grown)
-        return TokenTree(tokens, links, min(length, nodes), chances)
+        return TokenTree(tokens, links, min(length, nodes), chance=chances)
     same = (ngrams.unsqueeze(2) == ngrams.unsqueeze(1)).cumprod(-1)  # [B, G, G, L]: equal up to and including l
     first = same.argmax(2)  # [B, G, L]: the n-gram that owns the node (itself at the latest)
     exists = ngrams >= 0
     kept = exists & (first == _column(count, ngrams.device))
-    gain: Tensor | None = None
-    if odds is not None and cap > 0:
+    chance: Tensor | None = None
+    if odds is not None:
         chance = _path_chance(odds * exists, same).masked_fill(~kept, -1.0)
-        if count * length > cap:
+        if count * length > cap > 0:
             least_kept = chance.view(batch, -1).topk(cap, 1).values[:, -1].clamp(min=least).view(batch, 1, 1)
             kept = chance >= least_kept
         else:
             kept = chance >= least
-        gain = (chance * kept).sum((1, 2))
     row = kept.view(batch, -1).cumsum(1)  # [B, G * L]: row of a kept node
     # Row of the prefix that ends at (g, l), looked up at its owner; the parent of (g, l + 1).
     prefix_row = row.view(batch, count, length).gather(1, first)
@@ -75,7 +74,14 @@ def trie(
     out = ngrams.new_zeros(2, batch, nodes + 1)
     out[0].fill_(-1)
     out.scatter_(2, place.expand(2, -1, -1), torch.stack((ngrams.view(batch, -1), parents)))
-    return TokenTree(out[0, :, :nodes], out[1, :, :nodes], min(length, nodes), gain)
+    if chance is not None:
+        chance = placed(chance.view(batch, -1), place, nodes)
+    return TokenTree(out[0, :, :nodes], out[1, :, :nodes], min(length, nodes), chance=chance)
+
+
+def placed(chance: Tensor, place: Tensor, nodes: int) -> Tensor:
+    """[B, nodes]: each chance at its node's place; what has the place `nodes` is left out."""
+    return chance.new_zeros(len(chance), nodes + 1).scatter_(1, place, chance)[:, :nodes]
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +134,7 @@ def ranked(candidates: Tensor, chance: Tensor, nodes: int, limit: int, least: fl
         limit: at most this many nodes are present.
         least: the smallest chance of a whole path that is worth a node.
 
-    The result's `gain` is the sum of its nodes' chances.
+    The result's `chance` are these products.
     """
     batch, depth, ranks = candidates.shape
     table = _products(depth, ranks, nodes, candidates.device)
@@ -149,7 +155,8 @@ def ranked(candidates: Tensor, chance: Tensor, nodes: int, limit: int, least: fl
     out = candidates.new_zeros(2, batch, nodes + 1)
     out[0].fill_(-1)
     out.scatter_(2, place.expand(2, -1, -1), torch.stack((tokens, parents)))
-    return TokenTree(out[0, :, :nodes], out[1, :, :nodes], min(depth, nodes), (product * kept).sum(1))
+    chances = placed(product, place, nodes)
+    return TokenTree(out[0, :, :nodes], out[1, :, :nodes], min(depth, nodes), chance=chances)
 
 
 @lru_cache(maxsize=32)
@@ -175,7 +182,8 @@ def append(first: TokenTree, tokens: Tensor, parents: Tensor, max_depth: int) ->
         max_depth: depth of the second part.
 
     Returns:
-        [B, T + M] trees; row r > 0 of the second part is row r + first.num_nodes. `gain` is that of `first`.
+        [B, T + M] trees; row r > 0 of the second part is row r + first.num_nodes. `gain` is that of `first`, and
+        the second part's chances are 0.
     """
     start = first.num_nodes.unsqueeze(1)
     width = tokens.shape[1]
@@ -186,4 +194,5 @@ def append(first: TokenTree, tokens: Tensor, parents: Tensor, max_depth: int) ->
         pad(first.parents, (0, width)).scatter_(1, place, moved),
         max(first.max_depth, max_depth),
         first.gain,
+        None if first.chance is None else pad(first.chance, (0, width)),
     )

@@ -33,17 +33,22 @@ class TokenTree:
         tokens: [B, N] int64; -1 = no node.
         parents: [B, N] int64, row of the parent (0 = root) with parents[:, j] <= j; 0 for absent nodes.
         max_depth: no node lies deeper than this; -1 = N. It sets the width of `path` and the work of `ancestors`.
-        gain: [B] float, how many nodes the proposer expects to be accepted; None = it cannot say.
+        gain: [B] float, how many nodes the proposer expects to be accepted; None = the sum of `chance`, or it cannot say.
+        chance: [B, N] float, the chance of each node to be accepted, never above its parent's; 0 for absent nodes; None =
+            the proposer cannot say.
     """
 
     tokens: Tensor
     parents: Tensor
     max_depth: int = -1
     gain: Tensor | None = None
+    chance: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.max_depth < 0:
             object.__setattr__(self, "max_depth", self.tokens.shape[1])
+        if self.gain is None and self.chance is not None:
+            object.__setattr__(self, "gain", self.chance.sum(1))
 
     @classmethod
     def empty(cls, batch: int, nodes: int, device: torch.device | str = "cpu", max_depth: int = -1) -> TokenTree:
@@ -128,7 +133,11 @@ class TokenTree:
         """The first `nodes` (one number, or [B]) nodes of each tree; shapes stay."""
         limit = nodes.unsqueeze(1) if isinstance(nodes, Tensor) else nodes
         cut = torch.arange(self.tokens.shape[1], device=self.tokens.device) >= limit
-        return TokenTree(self.tokens.masked_fill(cut, -1), self.parents.masked_fill(cut, 0), self.max_depth, self.gain)
+        gain, chance = self.gain, self.chance
+        if gain is not None and chance is not None:
+            gain, chance = gain - (chance * cut).sum(1), chance.masked_fill(cut, 0.0)
+        tokens, parents = self.tokens.masked_fill(cut, -1), self.parents.masked_fill(cut, 0)
+        return TokenTree(tokens, parents, self.max_depth, gain, chance)
 
     def validate(self) -> None:
         """Raise ValueError unless this is a packed, ancestors-first tree. Synchronises: for tests and debugging."""

@@ -51,3 +51,21 @@ def paths(tree: TokenTree, request: int = 0) -> list[tuple[int, ...]]:
 
 def unpad(values: Tensor) -> list[int]:
     return [value for value in values.tolist() if value >= 0]
+
+
+def united(trees: list[TokenTree], weights: list[float], request: int) -> dict[tuple[int, ...], float]:
+    """Chance of every path that some source's tree has: `tree.union`'s formula for one request."""
+    odds: dict[tuple[int, ...], float] = {}
+    for tree, weight in zip(trees, weights, strict=True):
+        names, parents = paths(tree, request), tree.parents[request].tolist()
+        chance = [1.0, *tree.chance[request].tolist()]
+        given = [chance[node + 1] / chance[parents[node]] for node in range(len(names))]
+        for node, path in enumerate(names):
+            together = sum(given[other] for other in range(len(names)) if parents[other] == parents[node])
+            odds[path] = odds.get(path, 0.0) + weight * given[node] / (1.0 - together)
+    found = {(): 1.0}
+    for path in sorted(odds, key=len):
+        beside = sum(odds[other] for other in odds if other[:-1] == path[:-1])
+        found[path] = found[path[:-1]] * odds[path] / (1.0 + beside)
+    del found[()]
+    return found
