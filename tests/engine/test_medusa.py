@@ -67,6 +67,26 @@ def test_text_is_plain_decodings(name: str, together: int, plain: Any, medusa: A
             assert speed > 1.2
 
 
+def test_a_fixed_trees_text_is_plain_decodings(engine: Callable[..., Any], plain: Any, prompts: list[list[int]]) -> None:
+    settings = {"model": str(HEADS), "adapt": False, "choices": "mc_sim_7b_63"}
+    llm = engine(vllm_spec_plugins.engine_args("medusa", **settings))
+    assert llm.llm_engine.vllm_config.num_speculative_tokens == 63
+    sampling = [SAMPLINGS[name](i) for i, name in enumerate(["greedy", "sampled", "mixed", "mixed"])]
+    expected, _ = generate(plain, prompts[:4], sampling)
+    assert generate(llm, prompts[:4], sampling)[0] == expected
+    alone, speed = generate(llm, prompts[:1], sampling[:1])
+    assert alone == expected[:1]
+    assert speed > 1.5
+
+
+def test_a_trees_loops_are_compiled_at_the_start_for_what_serving_gives_them(medusa: Any, prompts: Any) -> None:
+    from vllm_spec_plugins.tree import loops
+
+    generate(medusa, prompts[:3], [SAMPLINGS["mixed"](i) for i in range(3)])
+    for loop in (loops.ranked, loops.judge, loops.rank_chances):
+        assert len(loop.signatures) == 1
+
+
 def test_coupled_candidates_meet_more_draws_than_the_likeliest(
     medusa: Any, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,6 +123,7 @@ def test_heads_in_the_original_layout_serve(
         ({"model": "no/such/folder"}, "no/such/folder is neither a folder nor a hub id"),
         ({"model": str(MODELS / "target")}, "no Medusa heads among its tensors"),
         ({"model": str(MODELS)}, "holds no "),
+        ({"model": str(HEADS), "choices": "0/0.0/0.0.0/0.0.0.0/0.0.0.0.0"}, "asks for 5 heads, "),
         ({"model": str(HEADS), "depth": 5}, "depth=5 asks for more heads than the 4 of"),
     ],
 )
