@@ -15,6 +15,8 @@ from itertools import accumulate
 from operator import mul
 from typing import Any, ClassVar, Self, get_type_hints
 
+from vllm_spec_plugins import choices as tree_choices
+
 FLAG = "--plugin"
 ENVIRONMENT = "VLLM_SPEC_PLUGIN"
 
@@ -155,12 +157,54 @@ class MedusaSettings(SpeculationSettings):
     min_chance: float = setting(
         0.12, "a node is verified only if it is this likely to be accepted", least=0.0, most=1.0
     )
+    choices: str = setting("", "a fixed tree in place of the grown one: a preset, or paths of ranks as 0/0.0/1")
+
+    @classmethod
+    def parse(cls, given: Mapping[str, Any]) -> Self:
+        """As `Settings.parse`; what `choices` decide (nodes, depth, ranks, min_chance) may be left out beside them."""
+        value = given.get("choices", "")
+        if value == "":
+            return super().parse(given)
+        try:
+            paths = tree_choices.read(value)
+        except ValueError as error:
+            raise SettingError(f"{FLAG} {cls.name}: choices={value} {error}") from error
+        name = value if isinstance(value, str) else tree_choices.text(paths)
+        decided = _decided(paths)
+        limits = {f.name: f.metadata["most"] for f in fields(cls)}
+        for key, found in decided.items():
+            if found > limits[key]:
+                raise SettingError(
+                    f"{FLAG} {cls.name}: choices={name} has {key}={found}; valid are at most {limits[key]}"
+                )
+        return super().parse({**decided, **given, "choices": name})
+
+    @property
+    def paths(self) -> tree_choices.Paths:
+        """The fixed tree; empty: the tree is grown."""
+        return tree_choices.read(self.choices) if self.choices else ()
 
     def check(self) -> None:
         if not self.model:
             raise SettingError(
                 f"{FLAG} {self.name}: model is missing; write {self.name}:model=FOLDER_OR_HUB_ID of Medusa heads"
             )
+        for key, decided in _decided(self.paths).items() if self.choices else ():
+            if getattr(self, key) != decided:
+                raise SettingError(
+                    f"{FLAG} {self.name}: {key}={getattr(self, key)} contradicts choices={self.choices}, from which "
+                    f"{key}={decided} follows; leave {key} out"
+                )
+
+
+def _decided(paths: tree_choices.Paths) -> dict[str, Any]:
+    """What follows from a fixed tree, all of whose nodes are verified."""
+    return {
+        "nodes": len(paths),
+        "depth": max(map(len, paths)),
+        "ranks": max(map(max, paths)) + 1,
+        "min_chance": 0.0,
+    }
 
 
 @dataclass(frozen=True)

@@ -160,6 +160,7 @@ def _medusa(settings: MedusaSettings, around: Surroundings) -> MedusaProposer:
         depth=settings.depth,
         ranks=settings.ranks,
         min_chance=settings.min_chance,
+        choices=settings.paths,
     )
 
 
@@ -174,6 +175,11 @@ def _check_medusa(settings: MedusaSettings, target: Target) -> None:
         raise SettingError(
             f"{FLAG} medusa: model={settings.model} has heads for a hidden size of {found.hidden} and {found.vocab} tokens, "
             f"the target has {target.hidden_size} and {target.vocab_size}; use heads that were trained for it"
+        )
+    if settings.choices and settings.depth > found.heads:
+        raise SettingError(
+            f"{FLAG} medusa: choices={settings.choices} asks for {settings.depth} heads, {settings.model} has {found.heads}; "
+            f"use choices of at most {found.heads} ranks each"
         )
     if settings.depth > found.heads:
         raise SettingError(

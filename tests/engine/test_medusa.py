@@ -13,6 +13,7 @@ import vllm_spec_plugins
 from tests.engine.conftest import MODELS
 from vllm_spec_plugins.config import SettingError
 from vllm_spec_plugins.engine import sampler
+from vllm_spec_plugins.tools import cli
 
 HEADS = MODELS / "medusa"
 # The chance threshold is for speed: without it trees are full, and branch.
@@ -67,6 +68,28 @@ def test_text_is_plain_decodings(name: str, together: int, plain: Any, medusa: A
             assert speed > 1.2
 
 
+def test_a_fixed_trees_text_is_plain_decodings(
+    engine: Callable[..., Any], plain: Any, prompts: list[list[int]]
+) -> None:
+    settings = {"model": str(HEADS), "adapt": False, "choices": "mc_sim_7b_63"}
+    llm = engine(vllm_spec_plugins.engine_args("medusa", **settings))
+    assert llm.llm_engine.vllm_config.num_speculative_tokens == 63
+    sampling = [SAMPLINGS[name](i) for i, name in enumerate(["greedy", "sampled", "mixed", "mixed"])]
+    expected, _ = generate(plain, prompts[:4], sampling)
+    assert generate(llm, prompts[:4], sampling)[0] == expected
+    alone, speed = generate(llm, prompts[:1], sampling[:1])
+    assert alone == expected[:1]
+    assert speed > 1.5
+
+
+def test_a_trees_loops_are_compiled_at_the_start_for_what_serving_gives_them(medusa: Any, prompts: Any) -> None:
+    from vllm_spec_plugins.tree import ranks_loops
+
+    generate(medusa, prompts[:3], [SAMPLINGS["mixed"](i) for i in range(3)])
+    for loop in (ranks_loops.ranked, ranks_loops.judge, ranks_loops.rank_chances):
+        assert len(loop.signatures) == 1
+
+
 def test_coupled_candidates_meet_more_draws_than_the_likeliest(
     medusa: Any, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -97,12 +120,28 @@ def test_heads_in_the_original_layout_serve(
     assert found == generate(plain, prompts[:4], sampling)[0]
 
 
+def test_heads_that_were_just_trained_serve(
+    engine: Callable[..., Any], plain: Any, tmp_path: Any, prompts: Any
+) -> None:
+    arguments = ["--model", str(MODELS / "target"), "--data", str(MODELS / "heldout_prompts.jsonl")]
+    arguments += ["--output", str(tmp_path / "heads")]
+    sizes = ["--heads", "2", "--share-lm-head", "--length", "64", "--tokens", str(40 * 8 * 64), "--lr", "3e-3"]
+    assert cli.main(["train", "medusa", *arguments, *sizes]) == 0
+    settings = {**FULL, "model": str(tmp_path / "heads"), "depth": 2}
+    llm = engine(vllm_spec_plugins.engine_args("medusa", **settings))
+    sampling = [SAMPLINGS["mixed"](i) for i in range(4)]
+    found, _ = generate(llm, prompts[:4], sampling)
+    assert found == generate(plain, prompts[:4], sampling)[0]
+    assert generate(llm, prompts[:1], sampling[:1])[1] > 1.3
+
+
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
         ({"model": "no/such/folder"}, "no/such/folder is neither a folder nor a hub id"),
         ({"model": str(MODELS / "target")}, "no Medusa heads among its tensors"),
         ({"model": str(MODELS)}, "holds no "),
+        ({"model": str(HEADS), "choices": "0/0.0/0.0.0/0.0.0.0/0.0.0.0.0"}, "asks for 5 heads, "),
         ({"model": str(HEADS), "depth": 5}, "depth=5 asks for more heads than the 4 of"),
     ],
 )

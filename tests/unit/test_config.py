@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 import vllm_spec_plugins
-from vllm_spec_plugins import registry
+from vllm_spec_plugins import choices, registry
 from vllm_spec_plugins.config import LookaheadSettings, MedusaSettings, MixSettings, NoneSettings, SettingError
+from vllm_spec_plugins.tree import from_choices
 
 
 @pytest.mark.parametrize(
@@ -27,6 +28,32 @@ from vllm_spec_plugins.config import LookaheadSettings, MedusaSettings, MixSetti
 )
 def test_one_request_may_be_written_in_several_ways(value: Any) -> None:
     assert registry.resolve(value) == LookaheadSettings(window=7, ngram=5, guesses=7)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "medusa:model=heads,choices=0/0.0/0.1/1",
+        "medusa:choices=0/0.0/0.1/1,model=heads,nodes=4,depth=2,ranks=2,min_chance=0",
+        '{"name": "medusa", "model": "heads", "choices": [[0], [0, 0], [0, 1], [1]]}',
+        {"name": "medusa", "model": "heads", "choices": ((0,), (0, 0), (0, 1), (1,))},
+    ],
+)
+def test_a_fixed_tree_may_be_written_in_several_ways_and_decides_what_describes_it(value: Any) -> None:
+    settings = registry.resolve(value)
+    assert settings == MedusaSettings(model="heads", nodes=4, depth=2, ranks=2, min_chance=0.0, choices="0/0.0/0.1/1")
+    assert registry.resolve(settings.as_dict()) == settings
+
+
+@pytest.mark.parametrize("preset", choices.PRESETS)
+def test_every_preset_is_a_tree_in_its_own_order(preset: str) -> None:
+    settings = registry.resolve(f"medusa:model=heads,choices={preset}")
+    assert isinstance(settings, MedusaSettings)
+    assert registry.resolve(settings.as_dict()) == settings
+    assert registry.method_of(settings).shape(settings) == (63, max(map(len, settings.paths)))
+    assert choices.text(settings.paths) == choices.PRESETS[preset]
+    rows = {(): 0} | {path: row for row, path in enumerate(settings.paths, start=1)}
+    assert from_choices(settings.paths).parents == tuple(rows[path[:-1]] for path in settings.paths)
 
 
 def test_a_name_alone_takes_the_defaults() -> None:
@@ -62,6 +89,23 @@ def test_settings_survive_the_way_to_another_process() -> None:
         ("medusa", "medusa: model is missing; write medusa:model=FOLDER_OR_HUB_ID"),
         ("medusa:model=heads,depth=0", "medusa: depth=0 is out of range; valid are 1 to 16"),
         ("medusa:model=heads,ranks=65", "medusa: ranks=65 is out of range; valid are 1 to 64"),
+        ("medusa:choices=0/1", "medusa: model is missing"),
+        (
+            "medusa:model=heads,choices=vicuna",
+            "choices=vicuna is neither paths of ranks as 0/0.0/1 nor one of mc_sim_7b_63",
+        ),
+        ("medusa:model=heads,choices=0/0.-1", "choices=0/0.-1 is neither paths of ranks"),
+        ("medusa:model=heads,choices=0/0.0.0", "choices=0/0.0.0 has 0.0.0 without 0.0, which it hangs below"),
+        ("medusa:model=heads,choices=0/1/0", "choices=0/1/0 has 0 twice; give every path once"),
+        ("medusa:model=heads,choices=0/64", "choices=0/64 has ranks=65; valid are at most 64"),
+        ("medusa:model=heads,choices=0/1,nodes=3", "nodes=3 contradicts choices=0/1, from which nodes=2 follows"),
+        ("medusa:model=heads,choices=0/1,min_chance=0.1", "min_chance=0.1 contradicts choices=0/1"),
+        (
+            {"name": "medusa", "model": "heads", "choices": []},
+            "choices=[] is no list of paths of ranks as [[0], [0, 0], [1]]",
+        ),
+        ({"name": "medusa", "model": "heads", "choices": [[0], [True]]}, "is no list of paths of ranks"),
+        ({"name": "medusa", "model": "heads", "choices": 3}, "choices=3 is no list of paths of ranks"),
         ("lookahead:nodes=0", "lookahead: nodes=0 is out of range; valid are 1 to 128"),
         ("lookahead:min_chance=1.5", "lookahead: min_chance=1.5 is out of range; valid are 0.0 to 1.0"),
         ("none:window=3", "there is no setting 'window'; valid are none"),

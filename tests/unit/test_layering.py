@@ -19,6 +19,7 @@ LEVELS = {
     "kernels": 0,
     "hook": 0,
     "compiled": 0,
+    "choices": 0,
     "tree": 1,
     "config": 1,
     "proposers": 2,

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, silu
+from torch.nn.functional import silu
 
 from vllm_spec_plugins.proposers.base import Likeliest, StepContext, least_chance
-from vllm_spec_plugins.tree.builders import ranked
+from vllm_spec_plugins.tree.builders import chosen, ranked
 from vllm_spec_plugins.tree.ranks import Ranks
+from vllm_spec_plugins.tree.topology import from_choices
 from vllm_spec_plugins.tree.tree import TokenTree
 
 
@@ -111,16 +112,28 @@ class MedusaHeads:
         self.layers = [stacked("weight", layer).transpose(1, 2).contiguous() for layer in range(shapes.layers)]
         with_bias = ("bias", 0, 0) in tensors
         self.biases = [stacked("bias", layer).unsqueeze(1) if with_bias else None for layer in range(shapes.layers)]
-        outs = [tensors["out", head if ("out", head, 0) in tensors else 0, 0] for head in range(count)]
-        self.outs = [out[:vocab].to(device, dtype).contiguous() for out in outs]
+        # [V, H] per head, or one for all of them.
+        own = [tensors["out", head, 0] for head in range(count) if ("out", head, 0) in tensors]
+        self.outs = [out[:vocab].to(device, dtype).contiguous() for out in own]
+        self._logits = self.outs[0].new_empty(0)
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """[B, H] hidden states -> [B, K, V] float32 logits."""
+        """[B, H] hidden states -> [B, K, V] float32 logits, in memory that the next call writes again."""
+        batch, vocab = len(hidden), len(self.outs[0])
+        if len(self._logits) < batch:
+            self._logits = hidden.new_empty(batch, self.count, vocab)
+        logits = self._logits[:batch]
         x = hidden.expand(self.count, -1, -1)  # [K, B, H]
         for weight, bias in zip(self.layers, self.biases, strict=True):
             out = torch.bmm(x, weight)
             x = x + silu(out if bias is None else out + bias)
-        return torch.stack([linear(x[k], self.outs[k]) for k in range(self.count)], 1).float()
+        if len(self.outs) == 1:
+            rows = x.transpose(0, 1).reshape(batch * self.count, -1)
+            torch.mm(rows, self.outs[0].T, out=logits.view(batch * self.count, vocab))
+        else:
+            for k, out in enumerate(self.outs):
+                torch.mm(x[k], out.T, out=logits[:, k])
+        return logits.float()
 
 
 def _name(place: tuple[str, int, int]) -> str:
@@ -130,7 +143,7 @@ def _name(place: tuple[str, int, int]) -> str:
 
 
 class MedusaProposer:
-    """The best tree of the heads' candidates under a node budget, by measured chance of acceptance.
+    """The best tree of the heads' candidates under a node budget, by measured chance of acceptance; or a fixed tree.
 
     Args:
         heads: None: only the shape of the trees is asked for.
@@ -139,6 +152,8 @@ class MedusaProposer:
         depth: D, heads in use and depth of the tree.
         ranks: K, candidates per head.
         min_chance: as for LookaheadProposer.
+        choices: a fixed tree in place of the grown one, as paths of ranks (section 2.1.2); `nodes`, `depth`, `ranks` and
+            `min_chance` do not count then.
     """
 
     name = "medusa"
@@ -155,10 +170,15 @@ class MedusaProposer:
         depth: int = 4,
         ranks: int = 8,
         min_chance: float = 0.12,
+        choices: Iterable[Sequence[int]] = (),
     ) -> None:
         self.heads, self.min_chance = heads, min_chance
-        self.num_nodes, self.max_depth = nodes, min(depth, nodes)
-        self.ranks = Ranks(max_requests, self.max_depth, min(ranks, nodes), torch.device(device))
+        self.num_nodes, self.max_depth, per_depth = nodes, min(depth, nodes), min(ranks, nodes)
+        self.topology = from_choices(choices)
+        if self.topology.num_nodes:
+            self.num_nodes, self.max_depth = self.topology.num_nodes, self.topology.max_depth
+            per_depth = max(self.topology.ranks) + 1
+        self.ranks = Ranks(max_requests, self.max_depth, per_depth, torch.device(device))
 
     def add_request(self, slot: int, prompt_len: int) -> None:
         """A new request in row `slot`: what was proposed to the last one is not counted."""
@@ -171,8 +191,10 @@ class MedusaProposer:
         candidates = self._candidates(self.heads(ctx.hidden), ctx.likeliest)
         self.ranks.offer(ctx.slots, ctx.lengths, candidates)
         budget = self.num_nodes if ctx.budget is None else min(ctx.budget, self.num_nodes)
-        least = least_chance(self.min_chance, len(ctx.slots))
-        return ranked(candidates, self.ranks.chance(ctx.slots), self.num_nodes, budget, least)
+        chance = self.ranks.chance(ctx.slots)
+        if self.topology.num_nodes:
+            return chosen(self.topology, candidates, chance, budget)
+        return ranked(candidates, chance, self.num_nodes, budget, least_chance(self.min_chance, len(ctx.slots)))
 
     def _candidates(self, guesses: Tensor, likeliest: Likeliest) -> Tensor:
         """[B, D, K] int64 from the heads' logits [B, D, V]."""

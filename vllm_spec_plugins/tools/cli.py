@@ -19,6 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_parser("doctor", help="check this installation, say what to do where it does not fit")
     commands.add_parser("demo", help="plain vLLM and a plugin side by side, on real servers", add_help=False)
     commands.add_parser("bench", help="measure speed, identity and distribution, on real servers", add_help=False)
+    commands.add_parser("train", help="train Medusa heads for a model", add_help=False)
     # The subcommands read what follows their name themselves, as `python -m` on their modules does.
     arguments = parser.parse_args(given[:1])
 
@@ -32,6 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from vllm_spec_plugins.tools import demo
 
             return demo.main(given[1:], prog="vllm-spec demo")
+        if arguments.command == "train":
+            from vllm_spec_plugins.tools.train import cli
+
+            return cli.main(given[1:], prog="vllm-spec train")
         from vllm_spec_plugins.tools import bench
 
         return bench.main(given[1:], prog="vllm-spec bench")

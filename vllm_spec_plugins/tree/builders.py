@@ -4,14 +4,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import lru_cache, reduce
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from vllm_spec_plugins.compiled import loops_for
+from vllm_spec_plugins.tree.topology import Topology
 from vllm_spec_plugins.tree.tree import TokenTree
 
 
@@ -85,25 +88,55 @@ def placed(chance: Tensor, place: Tensor, nodes: int) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class _Products:
-    """All products of ranks that can be among the N best: C nodes, ancestors first.
+class _Paths:
+    """Nodes as paths of ranks: C of them, ancestors first.
 
     Attributes:
         ranks: [C, D] int64, rank at each depth of the path; 0 behind the node's own depth.
         on_path: [C, D] bool, the depths of the path.
         depth: [C] int64, of the node, 0-based.
         parent: [C] int64, index of the parent plus 1; 0 = root.
+        last: [C] int64, the node's own rank.
     """
 
     ranks: Tensor
     on_path: Tensor
     depth: Tensor
     parent: Tensor
+    last: Tensor
+
+    @classmethod
+    def of(cls, paths: Iterable[tuple[int, ...]], depth: int, device: torch.device) -> _Paths:
+        rest = list(paths)
+        place = {path: index + 1 for index, path in enumerate(rest)}
+        length = torch.tensor([len(path) for path in rest], device=device)
+        return cls(
+            torch.tensor([[*path, *[0] * (depth - len(path))] for path in rest], device=device),
+            torch.arange(depth, device=device) < length.unsqueeze(1),
+            length - 1,
+            torch.tensor([place.get(path[:-1], 0) for path in rest], device=device),
+            torch.tensor([path[-1] for path in rest], device=device),
+        )
+
+    def chance(self, chance: Tensor) -> Tensor:
+        """[B, C]: product along each path of chance [B, >= D, K], multiplied from the root down."""
+        every = chance[:, torch.arange(self.ranks.shape[1], device=chance.device), self.ranks]  # [B, C, D]
+        return reduce(torch.mul, every.masked_fill(~self.on_path, 1.0).unbind(2))
+
+    def tokens(self, candidates: Tensor) -> Tensor:
+        """[B, C]: each node's own candidate of [B, >= D, K]."""
+        return candidates.flatten(1)[:, self.depth * candidates.shape[2] + self.last]
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """depth, last and parent, for the loops."""
+        return self.depth.numpy(), self.last.numpy(), self.parent.numpy()
 
 
 @lru_cache(maxsize=16)
-def _products(depth: int, ranks: int, nodes: int, device: torch.device) -> _Products:
-    """Paths whose candidates of better ranks, and their ancestors, fit in `nodes`: a path of ranks r1 .. rd (from 0) has
+def _products(depth: int, ranks: int, nodes: int, device: torch.device) -> _Paths:
+    """All products of ranks that can be among the N best.
+
+    Those whose candidates of better ranks, and their ancestors, fit in `nodes`: a path of ranks r1 .. rd (from 0) has
     prod(r + 1) - 1 others of its length before it where chances fall with rank.
     """
     paths: list[tuple[int, ...]] = [()]
@@ -112,16 +145,7 @@ def _products(depth: int, ranks: int, nodes: int, device: torch.device) -> _Prod
             continue
         before = math.prod(rank + 1 for rank in path)
         paths.extend((*path, rank) for rank in range(ranks) if before * (rank + 1) + len(path) <= nodes)
-    place = {path: index for index, path in enumerate(paths)}
-    rest = [path for path in paths if path]
-    padded = torch.tensor([[*path, *[0] * (depth - len(path))] for path in rest], device=device)
-    length = torch.tensor([len(path) for path in rest], device=device)
-    return _Products(
-        padded,
-        torch.arange(depth, device=device) < length.unsqueeze(1),
-        length - 1,
-        torch.tensor([place[path[:-1]] for path in rest], device=device),
-    )
+    return _Paths.of(paths[1:], depth, device)
 
 
 def ranked(candidates: Tensor, chance: Tensor, nodes: int, limit: int, least: float = 0.0) -> TokenTree:
@@ -131,16 +155,22 @@ def ranked(candidates: Tensor, chance: Tensor, nodes: int, limit: int, least: fl
         candidates: [B, D, K] int64, the tokens that may stand at each depth, the most likely first.
         chance: [B, D, K] float, that a candidate is right if the path to it is; taken as falling with the rank.
         nodes: N, the shape of the result.
-        limit: at most this many nodes are present.
+        limit: at most this many nodes are present, at most N.
         least: the smallest chance of a whole path that is worth a node.
 
     The result's `chance` are these products.
     """
-    batch, depth, ranks = candidates.shape
+    depth, ranks = candidates.shape[1:]
     table = _products(depth, ranks, nodes, candidates.device)
-    falling = chance.cummin(2).values  # a child is never more likely than its parent, nor a rank than a better one
-    every = falling[:, torch.arange(depth, device=chance.device), table.ranks]  # [B, C, D]
-    product = every.masked_fill(~table.on_path, 1.0).prod(2)
+    if loops_for(candidates):
+        from vllm_spec_plugins.tree import ranks_loops
+
+        worth = chance.numpy().dtype.type(least)
+        grown = ranks_loops.ranked(candidates.numpy(), chance.numpy(), *table.arrays(), nodes, limit, worth)
+        tokens, links, chances = map(torch.from_numpy, grown)
+        return TokenTree(tokens, links, min(depth, nodes), chance=chances)
+    # A child is never more likely than its parent, nor a rank than a better one.
+    product = table.chance(chance.cummin(2).values)
     count = min(limit, product.shape[1])
     kept = torch.zeros_like(product, dtype=torch.bool)
     if count:
@@ -150,13 +180,42 @@ def ranked(candidates: Tensor, chance: Tensor, nodes: int, limit: int, least: fl
     kept &= product >= least
     row = kept.cumsum(1)  # [B, C], the row of a kept node
     place = (row - 1).masked_fill(~kept, nodes)
-    tokens = candidates.flatten(1)[:, table.depth * ranks + table.ranks.gather(1, table.depth.unsqueeze(1)).squeeze(1)]
     parents = pad(row, (1, 0))[:, table.parent]
-    out = candidates.new_zeros(2, batch, nodes + 1)
+    out = candidates.new_zeros(2, len(candidates), nodes + 1)
     out[0].fill_(-1)
-    out.scatter_(2, place.expand(2, -1, -1), torch.stack((tokens, parents)))
+    out.scatter_(2, place.expand(2, -1, -1), torch.stack((table.tokens(candidates), parents)))
     chances = placed(product, place, nodes)
     return TokenTree(out[0, :, :nodes], out[1, :, :nodes], min(depth, nodes), chance=chances)
+
+
+@lru_cache(maxsize=4)
+def _paths_of(topology: Topology, device: torch.device) -> _Paths:
+    rows: list[tuple[int, ...]] = [()]
+    for parent, rank in zip(topology.parents, topology.ranks, strict=True):
+        rows.append((*rows[parent], rank))
+    return _Paths.of(rows[1:], topology.max_depth, device)
+
+
+def chosen(topology: Topology, candidates: Tensor, chance: Tensor, limit: int) -> TokenTree:
+    """The tree of a fixed shape: candidate `ranks[j]` of depth `depths[j]` at node j.
+
+    Args:
+        topology: of N nodes.
+        candidates: [B, D, K] int64, the tokens that may stand at each depth, the most likely first.
+        chance: [B, D, K] float, that a candidate is right if the path to it is.
+        limit: at most this many nodes are present, the first ones.
+
+    The result's `chance` are the products along the paths.
+    """
+    table = _paths_of(topology, candidates.device)
+    if loops_for(candidates):
+        from vllm_spec_plugins.tree import ranks_loops
+
+        cut = ranks_loops.chosen(candidates.numpy(), chance.numpy(), *table.arrays(), limit)
+        tokens, links, chances = map(torch.from_numpy, cut)
+        return TokenTree(tokens, links, topology.max_depth, chance=chances)
+    tree = replace(topology.tree(table.tokens(candidates)), chance=table.chance(chance))
+    return tree.truncate(limit)
 
 
 @lru_cache(maxsize=32)

@@ -74,10 +74,10 @@ class Calibration:
     def _judge(self, tokens: Tensor, parents: Tensor, odds: Tensor, text: Tensor, count: Tensor) -> Tensor:
         """[B, S, 3], what a step adds to `counts`: the first `count` [B] tokens of `text` [B, D] were emitted."""
         if loops_for(tokens):
-            from vllm_spec_plugins.tree import loops
+            from vllm_spec_plugins.tree import union_loops
 
             offered = tokens.numpy(), parents.numpy(), odds.numpy(), self.source.numpy()
-            return torch.from_numpy(loops.judge(*offered, text.numpy(), count.numpy(), self.sources))
+            return torch.from_numpy(union_loops.judge(*offered, text.numpy(), count.numpy(), self.sources))
         forest = TokenTree(tokens, parents, self.max_depth)
         depth = forest.depth[:, 1:]
         reached = (tokens >= 0) & (depth <= count.unsqueeze(1))

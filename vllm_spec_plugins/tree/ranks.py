@@ -5,8 +5,11 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from vllm_spec_plugins.compiled import loops_for
 
 
 class Emission(Protocol):
@@ -52,10 +55,29 @@ class Ranks:
 
     def offer(self, slots: Tensor, lengths: Tensor, candidates: Tensor) -> None:
         """Remember `candidates` [B, D, K] for behind `lengths` [B] known tokens; the tokens emitted next judge them."""
+        if loops_for(slots):
+            rows = slots.numpy()
+            self.offered.numpy()[rows], self.offered_at.numpy()[rows] = candidates.numpy(), lengths.numpy()
+            return
         self.offered[slots], self.offered_at[slots] = candidates, lengths
 
     def observe(self, step: Emission) -> None:
         """Judge what was offered by what was emitted, and forget it: also what steps that were not observed went past."""
+        if loops_for(step.slots):
+            from vllm_spec_plugins.tree import ranks_loops
+
+            ranks_loops.judge(
+                self.offered.numpy(),
+                self.offered_at.numpy(),
+                self.hits.numpy(),
+                self.seen.numpy(),
+                step.slots.numpy(),
+                step.token_ids.numpy(),
+                step.lengths.numpy(),
+                step.num_emitted.numpy(),
+                np.float32(1.0) - np.float32(1.0 - self.MEMORY),
+            )
+            return
         offered = self.offered[step.slots]
         emitted = step.num_emitted.long().unsqueeze(1)
         in_time = self.offered_at[step.slots].unsqueeze(1) == step.lengths.unsqueeze(1) - emitted
@@ -74,5 +96,10 @@ class Ranks:
 
     def chance(self, slots: Tensor) -> Tensor:
         """[B, D, K] float: the chance of each candidate."""
+        if loops_for(slots):
+            from vllm_spec_plugins.tree import ranks_loops
+
+            hits, seen, first = self.hits.numpy(), self.seen.numpy(), self.first.numpy()
+            return torch.from_numpy(ranks_loops.rank_chances(hits, seen, slots.numpy(), first, np.float32(self.PRIOR)))
         everyone = (self.hits[-1] + self.PRIOR * self.first) / (self.seen[-1] + self.PRIOR)
         return (self.hits[slots] + self.PRIOR * everyone) / (self.seen[slots] + self.PRIOR)

@@ -87,17 +87,20 @@ def from_choices(choices: Iterable[Sequence[int]]) -> Topology:
     """Medusa's tree choices (arXiv 2401.10774, section 2.1.2): each a path of ranks, (0, 2) = the best token of
     head 1, then the third of head 2.
 
-    Nodes are ordered by depth, then by ranks. Raises ValueError when a choice's prefix is missing.
+    Nodes stand in the order given, but none before its parent. Raises ValueError when a choice's prefix is missing.
     """
-    paths = sorted({tuple(choice) for choice in choices}, key=lambda path: (len(path), path))
+    paths = dict.fromkeys(tuple(choice) for choice in choices)
     rows: dict[tuple[int, ...], int] = {(): 0}
     for path in paths:
-        if path == () or path[:-1] not in rows or min(path) < 0:
+        if path == () or (path[:-1] and path[:-1] not in paths) or min(path) < 0:
             raise ValueError(
                 f"choice {list(path)} is not a path of ranks whose prefix {list(path[:-1])} is a choice too"
             )
-        rows[path] = len(rows)
-    return Topology(tuple(rows[path[:-1]] for path in paths), tuple(path[-1] for path in paths))
+    for path in paths:
+        for length in range(1, len(path) + 1):
+            rows.setdefault(path[:length], len(rows))
+    del rows[()]
+    return Topology(tuple(rows.get(path[:-1], 0) for path in rows), tuple(path[-1] for path in rows))
 
 
 def lookahead_window(window: int, ngram: int) -> Topology:

@@ -76,9 +76,9 @@ def _chance(tree: TokenTree) -> Tensor:
 def _odds(tokens: Tensor, parents: Tensor, chance: Tensor, source: Tensor) -> Tensor:
     """`Forest.odds` from path chances [B, M]."""
     if loops_for(tokens):
-        from vllm_spec_plugins.tree import loops
+        from vllm_spec_plugins.tree import union_loops
 
-        found = loops.forest_odds(tokens.numpy(), parents.numpy(), chance.numpy(), source.numpy(), MOST)
+        found = union_loops.forest_odds(tokens.numpy(), parents.numpy(), chance.numpy(), source.numpy(), MOST)
         return torch.from_numpy(found)
     above = pad(chance, (1, 0), value=1.0).gather(1, parents)
     given = (chance / above).masked_fill((above <= 0) | (tokens < 0), 0.0)
@@ -110,10 +110,10 @@ def union(forest: Forest, weights: Tensor, nodes: int, limit: int | None = None,
     cap = nodes if limit is None else min(limit, nodes)
     deepest = min(forest.max_depth, nodes)
     if loops_for(forest.tokens):
-        from vllm_spec_plugins.tree import loops
+        from vllm_spec_plugins.tree import union_loops
 
         given = forest.tokens.numpy(), forest.parents.numpy(), forest.odds.numpy(), forest.source.numpy()
-        tokens, parents, chances = map(torch.from_numpy, loops.union(*given, weights.numpy(), nodes, cap, least))
+        tokens, parents, chances = map(torch.from_numpy, union_loops.union(*given, weights.numpy(), nodes, cap, least))
         return TokenTree(tokens, parents, deepest, chance=chances)
     up = pad(forest.parents, (1, 0))  # [B, M + 1], rows; the root is its own parent
     same = _equal_paths(pad(forest.tokens, (1, 0), value=-2), up, forest.max_depth)

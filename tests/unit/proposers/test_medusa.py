@@ -5,6 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.unit.tree.naive import paths
 from vllm_spec_plugins.cpu.kernels.noise import gumbel_argmax, gumbel_topk
 from vllm_spec_plugins.proposers.base import StepContext
 from vllm_spec_plugins.proposers.medusa import HeadsError, HeadShapes, MedusaHeads, MedusaProposer
@@ -115,13 +116,25 @@ def test_coupled_candidates_are_the_largest_of_logits_and_the_samplers_noise(sca
     assert (found[sampled, 0] == best[sampled]).all()
 
 
-def test_trees_come_from_the_heads_and_follow_the_budget(rng):
+def test_heads_answer_for_any_number_of_requests_from_the_same_memory(rng):
     weights = {k: v.float() for k, v in load_file(HEADS).items()}
-    heads = MedusaHeads(weights.items(), 4, 4096, CPU, torch.float32)
-    proposer = MedusaProposer(heads, max_requests=3, nodes=12, min_chance=0.0)
-    assert (proposer.num_nodes, proposer.max_depth) == (12, 4)
-    hidden = torch.randn(2, 256, generator=rng)
-    context = StepContext(
+    shared = {k: v for k, v in weights.items() if k.startswith("blocks")}
+    shared["lm_head.weight"] = weights["lm_heads.0.weight"]
+    hidden = torch.randn(5, 256, generator=rng)
+    for named in (weights, shared):
+        for dtype in (torch.float32, torch.bfloat16):
+            heads = MedusaHeads(named.items(), 4, 4096, CPU, dtype)
+            each = [heads(row.unsqueeze(0).to(dtype)).clone() for row in hidden]
+            assert all(logits.shape == (1, 4, 4096) and logits.dtype == torch.float32 for logits in each)
+            together = heads(hidden.to(dtype))
+            assert torch.allclose(together, torch.cat(each), atol=1e-4 if dtype == torch.float32 else 0.5)
+            memory = heads._logits.data_ptr()
+            assert torch.equal(heads(hidden[:3].to(dtype)), heads(hidden[:3].to(dtype).clone()))
+            assert heads._logits.data_ptr() == memory
+
+
+def step(hidden):
+    return StepContext(
         slots=torch.tensor([2, 0]),
         token_ids=torch.zeros(3, 20, dtype=torch.int32),
         lengths=torch.tensor([5, 9]),
@@ -130,6 +143,33 @@ def test_trees_come_from_the_heads_and_follow_the_budget(rng):
         hidden=hidden,
         likeliest=lambda logits, request, place, count: logits.topk(count, 1)[::-1],
     )
+
+
+def test_a_fixed_tree_holds_the_heads_candidates_by_rank(rng):
+    weights = {k: v.float() for k, v in load_file(HEADS).items()}
+    heads = MedusaHeads(weights.items(), 2, 4096, CPU, torch.float32)
+    choices = [[0], [0, 0], [2], [0, 4]]
+    proposer = MedusaProposer(heads, max_requests=3, choices=choices)
+    assert (proposer.num_nodes, proposer.max_depth) == (4, 2)
+    context = step(torch.randn(2, 256, generator=rng))
+    best = heads(context.hidden).topk(5, 2).indices
+    for budget, count in ((None, 4), (3, 3), (0, 0)):
+        context.budget = budget
+        tree = proposer.propose(context)
+        tree.validate()
+        for b in range(2):
+            expected = [tuple(int(best[b, d, r]) for d, r in enumerate(path)) for path in choices[:count]]
+            assert paths(tree, b) == expected
+        assert (tree.gain > 0).tolist() == [count > 0] * 2
+
+
+def test_trees_come_from_the_heads_and_follow_the_budget(rng):
+    weights = {k: v.float() for k, v in load_file(HEADS).items()}
+    heads = MedusaHeads(weights.items(), 4, 4096, CPU, torch.float32)
+    proposer = MedusaProposer(heads, max_requests=3, nodes=12, min_chance=0.0)
+    assert (proposer.num_nodes, proposer.max_depth) == (12, 4)
+    hidden = torch.randn(2, 256, generator=rng)
+    context = step(hidden)
     tree = proposer.propose(context)
     tree.validate()
     assert tree.num_nodes.tolist() == [12, 12]

@@ -58,8 +58,8 @@ def test_an_expansion_vector_gives_every_node_of_a_level_as_many_children():
 
 def test_medusa_choices_in_any_order_become_an_ancestors_first_tree():
     shape = from_choices([[0, 2], [1], [0], [0, 0, 0], [0, 0]])
-    assert shape.parents == (0, 0, 1, 1, 3)
-    assert shape.ranks == (0, 1, 0, 2, 0)
+    assert shape.parents == (0, 1, 0, 1, 4)
+    assert shape.ranks == (0, 2, 1, 0, 0)
     with pytest.raises(ValueError, match=r"\[3, 1\]"):
         from_choices([[0], [3, 1]])
 

@@ -2,13 +2,16 @@
 """Trees of candidates that depend on their depth alone, and the chances they are grown from."""
 
 import heapq
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tests.unit.tree.naive import paths
-from vllm_spec_plugins.tree.builders import ranked
+from vllm_spec_plugins import compiled
+from vllm_spec_plugins.tree import from_choices
+from vllm_spec_plugins.tree.builders import chosen, ranked
 from vllm_spec_plugins.tree.ranks import Ranks
 
 
@@ -47,6 +50,52 @@ def test_the_tree_is_the_best_one_under_its_budget(depth, ranks, nodes, least, r
             expected, gain = grown(candidates[b], chance[b], limit, least)
             assert set(paths(tree, b)) == expected
             assert float(tree.gain[b]) == pytest.approx(gain)
+
+
+def test_a_fixed_tree_holds_the_candidates_of_its_ranks_and_is_cut_from_its_end(rng):
+    choices = [[0], [0, 0], [1], [0, 2], [0, 0, 1], [3]]
+    shape = from_choices(choices)
+    candidates = torch.randperm(1000, generator=rng)[: 5 * 4 * 5].view(5, 4, 5)
+    chance = torch.rand(5, 4, 5, generator=rng)
+    for limit in (6, 4, 0, 9):
+        tree = chosen(shape, candidates, chance, limit)
+        tree.validate()
+        assert tree.tokens.shape == (5, 6)
+        for b in range(5):
+            expected = [tuple(int(candidates[b, d, r]) for d, r in enumerate(path)) for path in choices[:limit]]
+            assert paths(tree, b) == expected
+            gain = sum(math.prod(float(chance[b, d, r]) for d, r in enumerate(path)) for path in choices[:limit])
+            assert float(tree.gain[b]) == pytest.approx(gain)
+
+
+def test_loops_and_tensors_choose_the_same_nodes_from_the_same_counts(rng, monkeypatch):
+    """To the bit: chances that differ in their last one would let a tie fall the other way."""
+    shape = from_choices([[0], [1], [0, 3], [0, 3, 2]])
+    sides = [Ranks(6, 3, 4, torch.device("cpu")) for _ in range(2)]
+    token_ids = torch.randint(5, (6, 40), generator=rng, dtype=torch.int32)
+    for _ in range(60):
+        slots = torch.randperm(6, generator=rng)[:4]
+        lengths = torch.randint(5, 40, (4,), generator=rng)
+        emitted = torch.randint(5, (4,), generator=rng, dtype=torch.int32)
+        offered = torch.randint(5, (4, 3, 4), generator=rng)
+        late = torch.randint(4, (4,), generator=rng) == 0
+        trees = []
+        for ranks, on in zip(sides, (True, False), strict=True):
+            monkeypatch.setattr(compiled, "use_loops", on)
+            ranks.offer(slots, lengths - emitted - late.long(), offered)
+            ranks.observe(SimpleNamespace(slots=slots, token_ids=token_ids, lengths=lengths, num_emitted=emitted))
+            chance = ranks.chance(slots)
+            trees.append((ranked(offered, chance, 7, 5, 0.05), chosen(shape, offered, chance, 3), chance))
+        one, other = sides
+        assert torch.equal(one.hits, other.hits)
+        assert torch.equal(one.seen, other.seen)
+        assert torch.equal(one.offered, other.offered)
+        assert torch.equal(trees[0][2], trees[1][2])
+        for loop, tensor in zip(trees[0][:2], trees[1][:2], strict=True):
+            assert torch.equal(loop.tokens, tensor.tokens)
+            assert torch.equal(loop.parents, tensor.parents)
+            assert torch.allclose(loop.gain.float(), tensor.gain)
+    assert one.seen.sum() > 0
 
 
 def test_equal_and_rising_chances_still_give_trees(rng):

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vllm-spec train``: what drafts for a model, trained on that model."""
