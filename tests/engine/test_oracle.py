@@ -16,6 +16,7 @@ from vllm_spec_plugins import compiled
 from vllm_spec_plugins.engine import attention
 
 TOKENS = 40
+CALLS = r"((self|os|np)\.[a-z_]{2,12}\([a-z0-9, ]{0,16}\)\n){3,9}"
 # Every sampling feature that must be right on a tree's paths; requests take them in turn.
 FEATURES: list[dict[str, Any]] = [
     {"temperature": 0.0},
@@ -31,6 +32,8 @@ FEATURES: list[dict[str, Any]] = [
     {"temperature": 0.0, "stop": ["(", "self"]},
     {"temperature": 0.9, "stop_token_ids": list(range(260, 300))},
     {"temperature": 0.0, "allowed_token_ids": list(range(200, 1200))},
+    {"temperature": 0.0, "regex": CALLS},
+    {"temperature": 0.9, "regex": CALLS},
 ]
 
 
@@ -61,9 +64,14 @@ def differing(llm: Any, reference: Reference) -> list[int]:
 
 def sampling(features: dict[str, Any], seed: int) -> Any:
     from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
 
-    seeded = {"seed": seed} if features["temperature"] else {}
-    return SamplingParams(max_tokens=TOKENS, **features, **seeded)
+    given: dict[str, Any] = {"max_tokens": TOKENS, **features}
+    if features["temperature"]:
+        given["seed"] = seed
+    if regex := given.pop("regex", None):
+        given["structured_outputs"] = StructuredOutputsParams(regex=regex)
+    return SamplingParams(**given)
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +184,10 @@ def test_output_is_plain_decodings_with_asynchronous_scheduling(
         assert differing(llm, reference) == []
         assert oracle.new_requests > len(reference.prompts)
         assert (oracle.accepted > len(reference.prompts) * TOKENS / 4) == right
+    constrained = [i for i, params in enumerate(reference.params) if params.structured_outputs is not None]
+    oracle.prepare([reference.texts[i] for i in constrained])
+    assert differing(llm, reference) == []
+    assert oracle.accepted > sum(len(reference.outputs[i]) for i in constrained) / 4
 
 
 def test_logprobs_of_accepted_tokens_are_plain_decodings(tight: tuple[Any, Oracle], reference: Reference) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 import vllm_spec_plugins
-from tests.engine.oracle import Oracle
 from vllm_spec_plugins import registry
 
 SCHEMA = {
@@ -63,24 +62,6 @@ def test_grammar_constrained_requests_among_others_equal_plain_decodings(
     complete = [tokenizer.decode(ids, skip_special_tokens=True) for ids in expected[::2] if len(ids) < 64]
     for text in complete:
         assert set(json.loads(text)) == {"name", "tags", "size"}
-
-
-def test_grammar_constrained_chains_are_speculated_on(
-    engine: Callable[..., Any], plain: Any, prompts: list[list[int]]
-) -> None:
-    from vllm import SamplingParams
-    from vllm.sampling_params import StructuredOutputsParams
-
-    params = SamplingParams(max_tokens=48, temperature=0.0, structured_outputs=StructuredOutputsParams(json=SCHEMA))
-    expected = tokens(plain, prompts[:6], params)
-    llm = engine(vllm_spec_plugins.engine_args("oracle"))
-    oracle = Oracle.instances[-1]
-    texts = [prompt + out for prompt, out in zip(prompts, expected, strict=False)]
-    for branching in (False, True):
-        oracle.prepare(texts, branching=branching)
-        assert tokens(llm, prompts[:6], params) == expected
-        if not branching:
-            assert oracle.accepted > sum(map(len, expected)) / 2
 
 
 def test_several_seeded_answers_per_prompt_equal_plain_decodings(

@@ -37,6 +37,7 @@ def config(**changes: Any) -> Any:
             "use_ubatching": False,
         },
         "cache_config": {"cache_dtype": "auto"},
+        "structured_outputs_config": {"backend": "auto"},
         "device_config": {"device_type": "cpu"},
     }
     whole: dict[str, Any] = {"kv_transfer_config": None, "watermark_config": None}
@@ -76,6 +77,10 @@ def config(**changes: Any) -> Any:
         ({"use_ubatching": True}, "micro-batching (--enable-dbo)"),
         ({"kv_transfer_config": object()}, "a K/V connector (--kv-transfer-config)"),
         ({"cache_dtype": "fp8_e5m2"}, "--kv-cache-dtype fp8_e5m2 is not supported; use --kv-cache-dtype auto"),
+        (
+            {"backend": "lm-format-enforcer"},
+            "the structured outputs backend lm-format-enforcer is not supported; use xgrammar",
+        ),
         ({"watermark_config": object()}, "watermarking"),
         (
             {"device_type": "cuda"},

@@ -9,7 +9,14 @@ from typing import Any
 
 import vllm_spec_plugins
 
-MODULES = ["cpu.kernels.loops", "cpu.kernels.tree_attention", "tree.loops", "tree.ranks_loops", "tree.union_loops", "proposers.loops"]
+MODULES = [
+    "cpu.kernels.loops",
+    "cpu.kernels.tree_attention",
+    "tree.loops",
+    "tree.ranks_loops",
+    "tree.union_loops",
+    "proposers.loops",
+]
 
 
 def compiled() -> dict[str, list[Any]]:

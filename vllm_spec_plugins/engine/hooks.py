@@ -120,12 +120,48 @@ def _schedule(original: Callable[..., Any]) -> Callable[..., Any]:
 def _update_draft_token_ids(original: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
     def update_draft_token_ids(self: Any, draft_token_ids: Any) -> None:
         if is_tree_method(self.vllm_config.speculative_config):
-            from vllm_spec_plugins.engine import scheduling
+            from vllm_spec_plugins.engine import grammar, scheduling
 
             scheduling.decline(self, draft_token_ids)
+            grammar.remember_parents(self, draft_token_ids)
         original(self, draft_token_ids)
 
     return update_draft_token_ids
+
+
+def _update_draft_token_ids_in_output(original: Callable[[Any, Any, Any], None]) -> Callable[[Any, Any, Any], None]:
+    def update_draft_token_ids_in_output(self: Any, draft_token_ids: Any, scheduler_output: Any) -> None:
+        if is_tree_method(self.vllm_config.speculative_config):
+            from vllm_spec_plugins.engine import grammar
+
+            grammar.remember_parents(self, draft_token_ids)
+        original(self, draft_token_ids, scheduler_output)
+
+    return update_draft_token_ids_in_output
+
+
+def _validate_tokens(original: Callable[[Any, Any, Any], Any]) -> Callable[[Any, Any, Any], Any]:
+    def validate_tokens(self: Any, request: Any, spec_tokens: Any) -> Any:
+        if is_tree_method(self.vllm_config.speculative_config) and request.use_structured_output:
+            from vllm_spec_plugins.engine import grammar
+
+            return grammar.without_invalid_end(self, request, spec_tokens)
+        return original(self, request, spec_tokens)
+
+    return validate_tokens
+
+
+def _grammar_bitmask(original: Callable[[Any, Any, Any, Any], Any]) -> Callable[[Any, Any, Any, Any], Any]:
+    def grammar_bitmask(
+        self: Any, requests: Any, structured_output_request_ids: Any, scheduled_spec_decode_tokens: Any
+    ) -> Any:
+        if is_tree_method(self.vllm_config.speculative_config):
+            from vllm_spec_plugins.engine import grammar
+
+            return grammar.bitmask(self, requests, structured_output_request_ids, scheduled_spec_decode_tokens)
+        return original(self, requests, structured_output_request_ids, scheduled_spec_decode_tokens)
+
+    return grammar_bitmask
 
 
 def _update_from_output(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -276,6 +312,27 @@ ENGINE_HOOKS: tuple[Hook, ...] = (
         signature="(self, draft_token_ids)",
         upstream="goes with Scheduler.schedule",
         replacement=_update_draft_token_ids,
+    ),
+    Hook(
+        target="vllm.v1.core.sched.scheduler:Scheduler.update_draft_token_ids_in_output",
+        why="asynchronous scheduling hands the drafts over here: their parents are kept for the grammar",
+        signature="(self, draft_token_ids, scheduler_output)",
+        upstream="goes with StructuredOutputManager.grammar_bitmask",
+        replacement=_update_draft_token_ids_in_output,
+    ),
+    Hook(
+        target="vllm.v1.structured_output:StructuredOutputManager.validate_tokens",
+        why="drafts are cut at the first one that a grammar forbids, as if they were a chain",
+        signature="(self, request, spec_tokens)",
+        upstream="goes with StructuredOutputManager.grammar_bitmask",
+        replacement=_validate_tokens,
+    ),
+    Hook(
+        target="vllm.v1.structured_output:StructuredOutputManager.grammar_bitmask",
+        why="masks advance along the row order: a tree's row must be masked as its path leaves the grammar",
+        signature="(self, requests, structured_output_request_ids, scheduled_spec_decode_tokens)",
+        upstream="vLLM pull request 41897, open, does it for one backend and trees of one shape",
+        replacement=_grammar_bitmask,
     ),
     Hook(
         target="vllm.v1.core.sched.scheduler:Scheduler.update_from_output",

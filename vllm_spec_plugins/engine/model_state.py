@@ -55,10 +55,7 @@ class TreeModelState(ModelState):
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         super().add_request(req_index, new_req_data)
-        params = new_req_data.sampling_params
-        chain_only = params is not None and params.structured_outputs is not None
-        computed = new_req_data.num_computed_tokens
-        self.state.add_request(req_index, new_req_data.prompt_len, computed, chain_only)
+        self.state.add_request(req_index, new_req_data.prompt_len, new_req_data.num_computed_tokens)
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables) -> None:
         super().initialize_kv_cache(kv_cache_config, block_tables)

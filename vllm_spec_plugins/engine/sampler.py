@@ -39,7 +39,7 @@ class TreeVerifier:
 
         Args:
             logits: [L, V], request by request, the root's row first; grammar masks are applied already.
-            invalid_drafts: [L] bool, rows whose node lies behind the end of what the grammar accepted.
+            invalid_drafts: [L] bool, rows behind the last node that the scheduler took a grammar to.
         """
         trees = self.state.trees
         assert trees is not None, "verification without trees: preprocess_state did not run"
@@ -202,7 +202,7 @@ def likeliest(
 
 
 def _without_invalid(tree: TokenTree, request: Tensor, local: Tensor, invalid: Tensor) -> TokenTree:
-    """`tree` without the nodes of invalid rows (the end of a chain, so what stays is packed)."""
+    """`tree` without the nodes of invalid rows, the last of each request: what stays is a packed tree."""
     absent = torch.zeros(tree.tokens.shape[0], tree.tokens.shape[1] + 1, dtype=torch.bool, device=local.device)
     absent[request, local] = invalid
     absent = absent[:, 1:]

@@ -17,9 +17,15 @@ from vllm_spec_plugins.engine.settings import settings_of
 
 @dataclass
 class TreeDraftTokenIds(DraftTokenIds):
-    """vLLM's drafts, with the number of nodes that each request's proposer expects to be accepted."""
+    """vLLM's drafts, as trees.
+
+    Attributes:
+        gain: how many nodes each request's proposer expects to be accepted.
+        parents: row of each node's parent; None when no request of the batch has a grammar (tokens are -1 then).
+    """
 
     gain: list[float]
+    parents: list[list[int]] | None = None
 
 
 def governor_of(scheduler: Any) -> Governor | None:

@@ -162,12 +162,9 @@ class TreeSpeculator(BaseSpeculator):
             )
         )
         self.state.end_step()
-        tree = self.state.store(slots, tree)
-        if self.fixed_shape:
-            return tree.tokens.clamp(min=0)
-        # To the handler, which is given the same batch.
-        cast("Any", input_batch).tree_gain = tree.num_nodes if tree.gain is None else tree.gain
-        return tree.tokens
+        self.state.store(slots, tree)
+        cast("Any", input_batch).tree = tree  # to the handler, which is given the same batch
+        return tree.tokens.clamp(min=0) if self.fixed_shape else tree.tokens
 
     def _ends(self, batch: InputBatch) -> Tensor:
         """[B] int64: the row of the batch that drew each request's last token."""
@@ -198,23 +195,31 @@ class TreeSpeculator(BaseSpeculator):
 
 
 class TreeDraftsHandler(DraftTokensHandler):
-    """Tells a synchronous scheduler how many nodes each tree has, so that no row is computed for an absent node."""
+    """Tells the scheduler how many nodes each tree has, so that no row is computed for an absent node, and for requests
+    with a grammar which ones, and their parents.
+    """
 
-    draft_tokens: Tensor | None = None
-    gain: Tensor | None = None
+    tree: TokenTree | None = None
 
     def set_draft_tokens(self, input_batch: InputBatch, draft_tokens: Tensor) -> None:
+        self.tree, self.width = getattr(input_batch, "tree", None), draft_tokens.shape[1]
+        if self.tree is not None and input_batch.has_structured_output_reqs:
+            # Both in the one copy that is made in this case.
+            draft_tokens = torch.cat((self.tree.tokens[:, : self.width], self.tree.parents[:, : self.width]), 1)
         super().set_draft_tokens(input_batch, draft_tokens)
-        self.draft_tokens = draft_tokens
-        self.gain = getattr(input_batch, "tree_gain", None)
 
     def get_draft_tokens(self) -> DraftTokenIds | None:
         drafts = super().get_draft_tokens()
-        if drafts is None or self.draft_tokens is None or self.gain is None:
+        if drafts is None or self.tree is None:
             return drafts
-        counts = (self.draft_tokens.cpu().numpy() >= 0).sum(1).tolist()
-        cut = [ids[:count] for ids, count in zip(drafts.draft_token_ids, counts, strict=True)]
-        return TreeDraftTokenIds(drafts.req_ids, cut, self.gain.tolist())
+        tree, given = self.tree, drafts.draft_token_ids
+        counts = [min(count, self.width) for count in tree.num_nodes.tolist()]
+        tokens = [ids[:count] for ids, count in zip(given, counts, strict=True)]
+        gain = (tree.num_nodes if tree.gain is None else tree.gain).tolist()
+        if self.draft_tokens_np is None:
+            return TreeDraftTokenIds(drafts.req_ids, tokens, gain)
+        parents = [ids[self.width : self.width + count] for ids, count in zip(given, counts, strict=True)]
+        return TreeDraftTokenIds(drafts.req_ids, tokens, gain, parents)
 
 
 def _eos_token_ids(vllm_config: VllmConfig) -> tuple[int, ...]:

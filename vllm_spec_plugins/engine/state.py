@@ -56,7 +56,6 @@ class TreeState:
         tokens, parents: [R, N] int64, the tree each request will have verified next (TokenTree's layout).
         reads_draws: the proposer looks at the draws of rows that were not accepted, so every row is drawn.
         on_new_request: called with slot, prompt length and tokens found in the prefix cache when a request moves in.
-        chain_only: [R] bool, requests whose nodes must form a chain (grammar masks advance along the row order).
         trees: this step's trees; None when no request has drafts.
         likeliest: (logits [n, V], their requests' rows [n], those rows on the host, positions [n], K) -> [n, K] int64,
             the tokens that the sampler would prefer, and their scores; set when the sampler is made.
@@ -76,19 +75,15 @@ class TreeState:
         self._on_new_request = on_new_request
         self.tokens = torch.full((max_requests, num_nodes), -1, dtype=torch.int64, device=device)
         self.parents = torch.zeros(max_requests, num_nodes, dtype=torch.int64, device=device)
-        self.chain_only = torch.zeros(max_requests, dtype=torch.bool, device=device)
-        self.any_chain_only = False
         self.likeliest: Callable[[Tensor, Tensor, np.ndarray, Tensor, int], tuple[Tensor, Tensor]]
         self.trees: StepTrees | None = None
         self.verified: Verified | None = None
 
-    def add_request(self, slot: int, prompt_len: int, computed: int, chain_only: bool) -> None:
+    def add_request(self, slot: int, prompt_len: int, computed: int) -> None:
         """A new request, or one resumed after preemption, moves into `slot`: it has no tree."""
         self._on_new_request(slot, prompt_len, computed)
         self.tokens[slot].fill_(-1)
         self.parents[slot].zero_()
-        self.chain_only[slot] = chain_only
-        self.any_chain_only |= chain_only
 
     def begin_step(self, slots: Tensor, num_drafts: np.ndarray | None) -> None:
         """Look up the trees of the requests that have drafts scheduled.
@@ -126,16 +121,11 @@ class TreeState:
         """Forget the step: dummy runs and steps without drafts must not see an earlier step's trees."""
         self.trees = self.verified = None
 
-    def store(self, slots: Tensor, tree: TokenTree) -> TokenTree:
-        """Keep `tree` [B, N] as the next trees of `slots`; returns it as stored (chains where only chains are valid)."""
-        if self.any_chain_only:
-            place = torch.arange(self.num_nodes, device=tree.tokens.device)
-            on_chain = ((tree.parents == place) & (tree.tokens >= 0)).cumprod(1).sum(1)
-            tree = tree.truncate(torch.where(self.chain_only[slots], on_chain, self.num_nodes))
+    def store(self, slots: Tensor, tree: TokenTree) -> None:
+        """Keep `tree` [B, N] as the next trees of `slots`."""
         if loops_for(self.tokens):
             rows = slots.numpy()
             self.tokens.numpy()[rows], self.parents.numpy()[rows] = tree.tokens.numpy(), tree.parents.numpy()
-            return tree
+            return
         self.tokens[slots] = tree.tokens
         self.parents[slots] = tree.parents
-        return tree

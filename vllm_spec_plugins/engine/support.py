@@ -118,6 +118,8 @@ def _unsupported(config: VllmConfig) -> Iterator[tuple[str, str]]:
         yield "--return-sampling-mask", "start without it"
     if model.enable_trace_replay:
         yield "--enable-trace-replay", "start without it"
+    if config.structured_outputs_config.backend == "lm-format-enforcer":
+        yield "the structured outputs backend lm-format-enforcer", "use xgrammar, guidance, outlines or auto"
     if config.watermark_config is not None:
         yield "watermarking", "start without it"
     if config.device_config.device_type != "cpu":

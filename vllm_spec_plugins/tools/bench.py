@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measurements on real servers: speed beside plain vLLM, identity of the output, distribution of the samples.
+"""Measurements on real servers: speed beside plain vLLM, identity of the output, constrained answers, distribution of the
+samples.
 
     python -m vllm_spec_plugins.tools.bench [speed] --plugin lookahead --plugin lookahead:guesses=8 --json speed.json
     python -m vllm_spec_plugins.tools.bench identity --plugin lookahead
+    python -m vllm_spec_plugins.tools.bench json --plugin lookahead:guesses=4
     python -m vllm_spec_plugins.tools.bench distribution --plugin lookahead
 
 Further arguments for every server follow a ``--``: ``... bench --model M -- --max-model-len 2048``. Exit status 1 when an
-output is not plain vLLM's.
+output is not plain vLLM's, or not what its schema allows.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from vllm_spec_plugins.registry import resolve
 from vllm_spec_plugins.tools import identity, report
 from vllm_spec_plugins.tools.load import GREEDY, PROMPTS, SAMPLED, TARGET, load_prompts
 from vllm_spec_plugins.tools.server import Server, ServerError, running, stop_on_sigterm
-from vllm_spec_plugins.tools.speed import Configuration, measure, plain, plugin, serve, vllm_ngram
+from vllm_spec_plugins.tools.speed import NONE, Configuration, measure, plain, plugin, serve, vllm_ngram
 
 # fp32: in bf16 plain vLLM itself gives other tokens at another batch size.
 ARGUMENTS = ("--dtype", "float32", "--kv-cache-memory-bytes", str(1 << 28))
@@ -78,6 +80,30 @@ def check_identity(
         table.add_row(c.sampling, c.configuration, c.reference, same, str(c.tokens), f"{c.tokens_per_step:.2f}")
     lossless = all(not c.differing for c in found if c.configuration != c.reference)
     return {"comparisons": [c.as_dict() for c in found]}, [table], lossless
+
+
+def check_json(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple[dict[str, Any], list[Table], bool]:
+    """Answers to JSON schemas: valid, and those of the same runner without speculation."""
+    from vllm_spec_plugins.tools import constrained
+
+    configurations = [plugin("none"), *map(plugin, arguments.plugin)]
+    prompts = load_prompts(arguments.prompts_file, arguments.prompts)
+    servers = _servers(configurations, arguments, [*ARGUMENTS, *constrained.ARGUMENTS], say)
+    concurrency = arguments.concurrency[0] if arguments.concurrency else 8
+    with running(servers):
+        found = constrained.check(
+            configurations, servers, prompts, max_tokens=arguments.max_tokens, concurrency=concurrency, say=say
+        )
+    table = Table(
+        title=f"{len(prompts)} requests over {len(constrained.SCHEMAS)} JSON schemas, {concurrency} at a time",
+        caption=f"identical: to `{NONE}`",
+    )
+    for name in ("requests", "server", "valid", "identical", "tokens", "tokens per step"):
+        table.add_column(name, justify="right" if name.startswith("tokens") else "left")
+    for o in found:
+        valid, same = (f"{o.requests - len(wrong)} of {o.requests}" for wrong in (o.invalid, o.differing))
+        table.add_row(o.sampling, o.configuration, valid, same, str(o.tokens), f"{o.tokens_per_step:.2f}")
+    return {"outcomes": [o.as_dict() for o in found]}, [table], all(o.right for o in found)
 
 
 def check_distribution(
@@ -133,10 +159,11 @@ def _servers(
 MEASUREMENTS: dict[str, Callable[..., tuple[dict[str, Any], list[Table], bool]]] = {
     "speed": speed,
     "identity": check_identity,
+    "json": check_json,
     "distribution": check_distribution,
 }
 # prompts, max_tokens
-DEFAULTS = {"speed": (16, 128), "identity": (200, 128), "distribution": (0, 0)}
+DEFAULTS = {"speed": (16, 128), "identity": (200, 128), "json": (200, 256), "distribution": (0, 0)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -146,8 +173,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--model", type=Path, default=TARGET, help="checkpoint (the tiny one of the checkout)")
     parser.add_argument("--prompts-file", type=Path, default=PROMPTS, help='JSON lines with a "prompt" each')
-    parser.add_argument("--prompts", type=int, metavar="N", help="how many of them (speed: 16, identity: 200)")
-    parser.add_argument("--max-tokens", type=int, metavar="N", help="per prompt (128)")
+    parser.add_argument("--prompts", type=int, metavar="N", help="how many of them (speed: 16, identity and json: 200)")
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="per prompt (128; json: 256)")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="speed: measurements per line (%(default)s)")
     parser.add_argument(
         "--concurrency",
@@ -200,7 +227,7 @@ def run(arguments: argparse.Namespace) -> int:
         given = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
         report.write_json(arguments.json, {"measurement": arguments.what, "arguments": given, **figures})
     if not right:
-        out.print("NOT plain vLLM's output: see above", style="red")
+        out.print("NOT plain vLLM's output, or not valid: see above", style="red")
     return 0 if right else 1
 
 

@@ -79,18 +79,20 @@ def send(
     sampling: Sampling,
     max_tokens: int,
     concurrency: int,
-    extra: Mapping[str, Any] | None = None,
+    extra: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
 ) -> Batch:
     """Complete every prompt, at most `concurrency` at a time. The replies stand in the order of the prompts.
 
     Args:
-        extra: further fields for every request's body; with "n", each prompt has as many replies.
+        extra: further fields for every request's body, or for each one's; with "n", each prompt has as many replies.
 
     Raises ServerError when a request fails, or the metrics and the answers disagree on the number of tokens.
     """
+    each = [extra or {}] * len(prompts) if extra is None or isinstance(extra, Mapping) else extra
+    requests = list(zip(prompts, each, strict=True))
     before = server.counters()
     try:
-        replies, seconds = asyncio.run(_send(server, prompts, sampling, max_tokens, concurrency, dict(extra or {})))
+        replies, seconds = asyncio.run(_send(server, requests, sampling, max_tokens, concurrency))
     except APIError as error:
         raise ServerError(f"server {server.name}: {error}; {server.tail()}") from error
     received = sum(len(reply.token_ids) for reply in replies)
@@ -101,13 +103,17 @@ def send(
 
 
 async def _send(
-    server: Server, prompts: Sequence[str], sampling: Sampling, max_tokens: int, concurrency: int, extra: dict[str, Any]
+    server: Server,
+    requests: Sequence[tuple[str, Mapping[str, Any]]],
+    sampling: Sampling,
+    max_tokens: int,
+    concurrency: int,
 ) -> tuple[list[Reply], float]:
     free = asyncio.Semaphore(concurrency)
 
     async with server.async_client() as client:
 
-        async def complete(index: int, prompt: str) -> list[Reply]:
+        async def complete(index: int, prompt: str, extra: Mapping[str, Any]) -> list[Reply]:
             async with free:
                 completion = await client.completions.create(
                     model=MODEL,
@@ -122,6 +128,6 @@ async def _send(
 
         await client.models.list()  # the connection stands before the clock starts
         start = time.perf_counter()
-        replies = await asyncio.gather(*(complete(i, prompt) for i, prompt in enumerate(prompts)))
+        replies = await asyncio.gather(*(complete(i, *request) for i, request in enumerate(requests)))
         seconds = time.perf_counter() - start
         return [reply for answer in replies for reply in answer], seconds
