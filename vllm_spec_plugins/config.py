@@ -10,7 +10,8 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
-from typing import Any, ClassVar, Self, get_type_hints
+from types import UnionType
+from typing import Any, ClassVar, Self, get_args, get_type_hints
 
 FLAG = "--plugin"
 ENVIRONMENT = "VLLM_SPEC_PLUGIN"
@@ -27,7 +28,10 @@ def setting(default: Any, doc: str, *, least: float | None = None, most: float |
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of one plugin. A subclass adds fields made with `setting` and may check combinations in `check`."""
+    """Settings of one plugin. A subclass adds fields made with `setting` and may check combinations in `check`.
+
+    A field of type `X | None` is None unless it was given.
+    """
 
     name: ClassVar[str]
 
@@ -56,8 +60,9 @@ class Settings:
         """Raise SettingError when the values do not go together."""
 
     def as_dict(self) -> dict[str, Any]:
-        """All values by key, with ``name``: what `parse_plugin` takes back."""
-        return {"name": self.name, **{f.name: getattr(self, f.name) for f in fields(self)}}
+        """All values by key, with ``name``, but for None: what `parse_plugin` takes back."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {"name": self.name, **{key: value for key, value in values.items() if value is not None}}
 
 
 @dataclass(frozen=True)
@@ -67,11 +72,29 @@ class NoneSettings(Settings):
     name: ClassVar[str] = "none"
 
 
+ACCEPT_RULES = ("walk", "typical")
+
+
 @dataclass(frozen=True)
 class SpeculationSettings(Settings):
     """What every method that speculates has."""
 
     adapt: bool = setting(True, "leave out drafts that cost more time than they save, as measured while serving")
+    accept: str = setting("walk", "walk: exact; typical: LOSSY, keeps drafts that are likely, not drawn")
+    eps: float | None = setting(None, "typical: a token this likely is kept (0.09)", least=0.0, most=1.0)
+    delta: float | None = setting(None, "typical: so is one above delta * exp(-entropy) (0.3)", least=0.0, most=1.0)
+
+    def check(self) -> None:
+        if self.accept not in ACCEPT_RULES:
+            raise SettingError(
+                f"{FLAG} {self.name}: accept={self.accept} is not valid; valid are {', '.join(ACCEPT_RULES)}"
+            )
+        for key in ("eps", "delta"):
+            if self.accept != "typical" and getattr(self, key) is not None:
+                raise SettingError(
+                    f"{FLAG} {self.name}: {key}={getattr(self, key)} with accept={self.accept} does not go together; "
+                    f"{key} belongs to accept=typical"
+                )
 
 
 @dataclass(frozen=True)
@@ -96,6 +119,7 @@ class LookaheadSettings(SpeculationSettings):
     )
 
     def check(self) -> None:
+        super().check()
         if self.window == 0 and not self.prompt_pool and not self.shared_pool:
             raise SettingError(
                 f"{FLAG} {self.name}: window=0 with prompt_pool=false leaves nothing to draft from; "
@@ -119,6 +143,7 @@ class JacobiSettings(SpeculationSettings):
     parallel_tokens: int = setting(0, "hybrid: tokens of an answer that are decoded in blocks", least=0, most=1 << 20)
 
     def check(self) -> None:
+        super().check()
         if self.mode not in JACOBI_MODES:
             raise SettingError(
                 f"{FLAG} {self.name}: mode={self.mode} is not valid; valid are {', '.join(JACOBI_MODES)}"
@@ -145,6 +170,7 @@ class MedusaSettings(SpeculationSettings):
     )
 
     def check(self) -> None:
+        super().check()
         if not self.model:
             raise SettingError(
                 f"{FLAG} {self.name}: model is missing; write {self.name}:model=FOLDER_OR_HUB_ID of Medusa heads"
@@ -193,8 +219,10 @@ def _split(value: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     return value["name"], {key: item for key, item in value.items() if key != "name"}
 
 
-def _typed(plugin: str, key: str, value: Any, kind: type) -> Any:
+def _typed(plugin: str, key: str, value: Any, kind: Any) -> Any:
     """`value` as `kind`: text is read, anything else must already be of that type."""
+    if isinstance(kind, UnionType):  # None is what was not given
+        kind = get_args(kind)[0]
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     if isinstance(value, str) and kind is bool and value.lower() in ("true", "false"):
         return value.lower() == "true"

@@ -17,13 +17,14 @@ from vllm_spec_plugins.config import (
     NoneSettings,
     SettingError,
     Settings,
+    SpeculationSettings,
     parse_plugin,
 )
 from vllm_spec_plugins.proposers.base import Proposer
 from vllm_spec_plugins.proposers.jacobi import JacobiProposer
 from vllm_spec_plugins.proposers.lookahead import LookaheadProposer
 from vllm_spec_plugins.proposers.medusa import HeadShapes, MedusaHeads, MedusaProposer
-from vllm_spec_plugins.tree.accept import AcceptRule, Walk
+from vllm_spec_plugins.tree.accept import AcceptRule, Typical, Walk
 
 
 @dataclass(frozen=True)
@@ -157,10 +158,17 @@ def _check_medusa(settings: MedusaSettings, target: Target) -> None:
         )
 
 
+def _rule(settings: SpeculationSettings) -> AcceptRule:
+    if settings.accept == "typical":
+        given = {key: value for key in ("eps", "delta") if (value := getattr(settings, key)) is not None}
+        return Typical(**given)
+    return Walk()
+
+
 register(Method(NoneSettings, proposer=None, rule=lambda _: Walk()))
-register(Method(LookaheadSettings, proposer=_lookahead, rule=lambda _: Walk()))
-register(Method(JacobiSettings, proposer=_jacobi, rule=lambda _: Walk()))
-register(Method(MedusaSettings, proposer=_medusa, rule=lambda _: Walk(), check=_check_medusa))
+register(Method(LookaheadSettings, proposer=_lookahead, rule=_rule))
+register(Method(JacobiSettings, proposer=_jacobi, rule=_rule))
+register(Method(MedusaSettings, proposer=_medusa, rule=_rule, check=_check_medusa))
 
 
 def resolve(value: str | Mapping[str, Any]) -> Settings:

@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 from vllm_spec_plugins import CONFIG_KEY, registry
-from vllm_spec_plugins.config import ENVIRONMENT, Settings
+from vllm_spec_plugins.config import ENVIRONMENT, FLAG, Settings
 from vllm_spec_plugins.engine import support
 from vllm_spec_plugins.engine.settings import speculative_config
 from vllm_spec_plugins.hook import apply, installed_vllm
@@ -33,8 +33,17 @@ def prepare(engine_args: Any, settings: Settings) -> None:
 
 
 def check(config: Any, settings: Settings) -> None:
-    """After the configuration is made: refuse what the plugin cannot serve."""
+    """After the configuration is made: refuse what the plugin cannot serve, and say it when output is not exact."""
     support.check_engine(config, settings)
+    if not (rule := method_of(settings).rule(settings)).lossless:
+        from vllm.logger import init_logger
+
+        init_logger(f"vllm.{__name__}").warning(
+            "%s %s: accept=%s is lossy: sampled text is not plain decoding's (greedy text is)",
+            FLAG,
+            settings.name,
+            rule.name,
+        )
 
 
 def clear() -> None:

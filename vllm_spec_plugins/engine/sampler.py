@@ -18,7 +18,7 @@ from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS, SamplingStates
 
 from vllm_spec_plugins.compiled import loops_for
 from vllm_spec_plugins.engine.state import StepTrees, TreeState, Verified
-from vllm_spec_plugins.tree.accept import Acceptance, AcceptRule, Walk
+from vllm_spec_plugins.tree.accept import Acceptance, AcceptRule, TargetRows, Walk
 from vllm_spec_plugins.tree.tree import TokenTree
 
 
@@ -53,7 +53,8 @@ class TreeVerifier:
             drawn = self._draw_reached(processed, position, tree, input_batch, trees)
         else:
             drawn, processed = self._draw_all(processed, position, input_batch, trees, local)
-        acceptance = self.rule(tree, drawn)
+        target = self._target(processed, input_batch, trees, local) if self.rule.needs_target else None
+        acceptance = self.rule(tree, drawn, target)
         self.state.verified = Verified(tree, drawn, acceptance)
 
         logprobs = self._logprobs(logits, processed, input_batch, acceptance, trees, local)
@@ -133,6 +134,13 @@ class TreeVerifier:
             top_k,
             top_p,
         )
+
+    def _target(self, processed: Tensor, batch: InputBatch, trees: StepTrees, local: Tensor) -> TargetRows:
+        """What the target computed at the trees' rows, for a rule that asks."""
+        index = torch.full_like(trees.tree.depth, -1)
+        index[trees.request, local] = torch.arange(len(local), device=local.device)
+        temperature = self.sampler.sampling_states.temperature.gpu
+        return TargetRows(processed, index, greedy=temperature[batch.idx_mapping] == 0)
 
     def _reads_history(self, slots: np.ndarray) -> bool:
         """Whether a processor of these requests looks at the drafts before a row (they take the rows for a chain)."""
