@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from tests.unit.tree import rules
+from tests.models.acceptance import random_pairs
 from vllm_spec_plugins.tools import acceptance, cli
 
 SAMPLES = 1500
@@ -27,16 +27,11 @@ def test_coupled_children_and_the_walk_match_sampling_without_replacement(
 ) -> None:
     """With 1, 2 and 4 children. The figures asked for are of other random pairs: near, not equal."""
     seed = int(torch.randint(1 << 30, (1,), generator=rng))
-    (found,) = acceptance.measure(SAMPLES, seed, [line])
-    same = torch.Generator().manual_seed(seed)
-    sampled = torch.zeros(max(acceptance.CHILDREN))
-    for _ in range(acceptance.PAIRS):
-        p, q = (x.expand(SAMPLES, -1) for x in acceptance.pair(*line, same))
-        accepted = rules.rrsw_accepts(p, q, len(sampled), rng)
-        sampled += torch.stack([mass.sum(1).mean() for mass in accepted]) / acceptance.PAIRS
-    reference = [float(sampled[k - 1]) for k in acceptance.CHILDREN]
+    found, sampled, independent = random_pairs(line, SAMPLES, seed)
+    reference = sampled.tolist()
     print(found, reference)
     assert found.exact
+    assert (sampled[1:] > independent[1:]).all()
     assert found.coupled == pytest.approx(coupled, abs=0.1)
     assert reference == pytest.approx(rrsw, abs=0.1)
     assert reference[0] == pytest.approx(found.overlap, abs=1e-3)
