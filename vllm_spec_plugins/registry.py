@@ -20,7 +20,7 @@ from vllm_spec_plugins.config import (
     SpeculationSettings,
     parse_plugin,
 )
-from vllm_spec_plugins.proposers.base import Proposer
+from vllm_spec_plugins.proposers.base import Count, Counting, Proposer
 from vllm_spec_plugins.proposers.jacobi import JacobiProposer
 from vllm_spec_plugins.proposers.lookahead import LookaheadProposer
 from vllm_spec_plugins.proposers.medusa import HeadShapes, MedusaHeads, MedusaProposer
@@ -53,6 +53,9 @@ class Target:
     shapes: Callable[[str], Mapping[str, tuple[int, ...]]]
 
 
+LOSSY = Count("lossy_tokens", "Accepted tokens that the target had not drawn.")
+
+
 @dataclass(frozen=True)
 class Method:
     """A named way to serve: its settings, what proposes trees, and what accepts from them.
@@ -70,11 +73,20 @@ class Method:
 
     def shape(self, settings: Settings) -> tuple[int, int]:
         """Nodes per tree without the root, and the depth of the deepest; (0, 0) without speculation."""
+        proposer = self._smallest(settings)
+        return (0, 0) if proposer is None else (proposer.num_nodes, proposer.max_depth)
+
+    def counts(self, settings: Settings) -> tuple[Count, ...]:
+        """What is counted beside acceptance: by the proposer, then by a lossy rule."""
+        proposer = self._smallest(settings)
+        own = proposer.counts if isinstance(proposer, Counting) else ()
+        return own if self.rule(settings).lossless else (*own, LOSSY)
+
+    def _smallest(self, settings: Settings) -> Proposer | None:
         if self.proposer is None:
-            return 0, 0
+            return None
         smallest = Surroundings(1, max_model_len=1, vocab_size=1, eos_token_ids=(), device=torch.device("cpu"))
-        proposer = self.proposer(settings, smallest)
-        return proposer.num_nodes, proposer.max_depth
+        return self.proposer(settings, smallest)
 
 
 METHODS: dict[str, Method] = {}

@@ -13,6 +13,7 @@ from vllm_spec_plugins.config import ENVIRONMENT, FLAG, Settings
 from vllm_spec_plugins.engine import support
 from vllm_spec_plugins.engine.settings import speculative_config
 from vllm_spec_plugins.hook import apply, installed_vllm
+from vllm_spec_plugins.proposers.base import Count
 from vllm_spec_plugins.registry import method_of
 
 # Tells the processes of an engine that a plugin is on before they have its configuration.
@@ -61,6 +62,18 @@ def max_depth() -> int | None:
     """Depth of the trees of the plugin that is on in this process; None: no plugin, or one without speculation."""
     active = os.environ.get(ACTIVE)
     return _depth_of(active) if active else None
+
+
+@lru_cache(maxsize=8)
+def _counts_of(active: str) -> tuple[Count, ...]:
+    settings = registry.resolve(active)
+    return method_of(settings).counts(settings)
+
+
+def counts() -> tuple[Count, ...]:
+    """What the plugin that is on in this process counts beside acceptance."""
+    active = os.environ.get(ACTIVE)
+    return _counts_of(active) if active else ()
 
 
 def install() -> None:

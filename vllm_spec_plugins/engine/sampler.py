@@ -27,6 +27,8 @@ class TreeVerifier:
 
     def __init__(self, sampler: Sampler, state: TreeState, rule: AcceptRule) -> None:
         self.sampler, self.state, self.rule = sampler, state, rule
+        if not rule.lossless:
+            state.lossy = torch.zeros(1, dtype=torch.int64, device=state.tokens.device)
 
     def __call__(
         self,
@@ -56,6 +58,8 @@ class TreeVerifier:
         target = self._target(processed, input_batch, trees, local) if self.rule.needs_target else None
         acceptance = self.rule(tree, drawn, target)
         self.state.verified = Verified(tree, drawn, acceptance)
+        if self.state.lossy is not None:
+            self.state.lossy += undrawn(acceptance, drawn)
 
         logprobs = self._logprobs(logits, processed, input_batch, acceptance, trees, local)
         num_sampled, num_rejected = get_num_sampled_and_rejected(
@@ -204,6 +208,14 @@ def likeliest(
     index = rows.numpy()
     temperature, seeds = states.temperature.np[index], states.seeds.np[index]
     return torch.from_numpy(gumbel_topk(logits.numpy(), temperature, seeds, position.numpy(), count))
+
+
+def undrawn(acceptance: Acceptance, drawn: Tensor) -> Tensor:
+    """[] int64: accepted tokens that the target had not drawn, [B, N + 1], at the row before them."""
+    before = pad(acceptance.path, (1, 0))[:, :-1]
+    place = torch.arange(before.shape[1], device=before.device)
+    accepted = place < acceptance.num_accepted.unsqueeze(1)
+    return (accepted & (acceptance.emitted[:, :-1] != drawn.gather(1, before))).sum()
 
 
 def _without_invalid(tree: TokenTree, request: Tensor, local: Tensor, invalid: Tensor) -> TokenTree:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -17,9 +17,12 @@ from vllm_spec_plugins.engine.settings import settings_of
 
 @dataclass
 class TreeDraftTokenIds(DraftTokenIds):
-    """vLLM's drafts, with the number of nodes that each request's proposer expects to be accepted."""
+    """vLLM's drafts, with the number of nodes that each request's proposer expects to be accepted, and what proposer and
+    rule counted since the last ones (`Method.counts`).
+    """
 
     gain: list[float]
+    counts: list[int] = field(default_factory=list)
 
 
 def governor_of(scheduler: Any) -> Governor | None:

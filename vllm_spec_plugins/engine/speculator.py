@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -21,7 +22,7 @@ from vllm_spec_plugins.config import Settings
 from vllm_spec_plugins.engine import weights
 from vllm_spec_plugins.engine.scheduling import TreeDraftTokenIds
 from vllm_spec_plugins.engine.state import TreeState, Verified
-from vllm_spec_plugins.proposers.base import StepContext
+from vllm_spec_plugins.proposers.base import Counting, StepContext
 from vllm_spec_plugins.registry import Surroundings, method_of
 from vllm_spec_plugins.tree.accept import Acceptance, Walk
 from vllm_spec_plugins.tree.tree import TokenTree
@@ -152,7 +153,16 @@ class TreeSpeculator(BaseSpeculator):
             return tree.tokens.clamp(min=0)
         # To the handler, which is given the same batch.
         cast("Any", input_batch).tree_gain = tree.num_nodes if tree.gain is None else tree.gain
+        cast("Any", input_batch).tree_counts = self._take_counts()
         return tree.tokens
+
+    def _take_counts(self) -> list[Tensor]:
+        """Integers [n] on the device, in the order of `Method.counts`."""
+        taken = [self.proposer.take_counts()] if isinstance(self.proposer, Counting) else []
+        if self.state.lossy is not None:
+            taken.append(self.state.lossy)
+            self.state.lossy = torch.zeros_like(self.state.lossy)
+        return taken
 
     def _ends(self, batch: InputBatch) -> Tensor:
         """[B] int64: the row of the batch that drew each request's last token."""
@@ -188,11 +198,13 @@ class TreeDraftsHandler(DraftTokensHandler):
 
     draft_tokens: Tensor | None = None
     gain: Tensor | None = None
+    counts: Sequence[Tensor] = ()
 
     def set_draft_tokens(self, input_batch: InputBatch, draft_tokens: Tensor) -> None:
         super().set_draft_tokens(input_batch, draft_tokens)
         self.draft_tokens = draft_tokens
         self.gain = getattr(input_batch, "tree_gain", None)
+        self.counts = getattr(input_batch, "tree_counts", ())
 
     def get_draft_tokens(self) -> DraftTokenIds | None:
         drafts = super().get_draft_tokens()
@@ -200,7 +212,9 @@ class TreeDraftsHandler(DraftTokensHandler):
             return drafts
         counts = (self.draft_tokens.cpu().numpy() >= 0).sum(1).tolist()
         cut = [ids[:count] for ids, count in zip(drafts.draft_token_ids, counts, strict=True)]
-        return TreeDraftTokenIds(drafts.req_ids, cut, self.gain.tolist())
+        return TreeDraftTokenIds(
+            drafts.req_ids, cut, self.gain.tolist(), [n for each in self.counts for n in each.tolist()]
+        )
 
 
 def _eos_token_ids(vllm_config: VllmConfig) -> tuple[int, ...]:

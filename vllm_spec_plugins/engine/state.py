@@ -60,6 +60,7 @@ class TreeState:
         trees: this step's trees; None when no request has drafts.
         likeliest: (logits [n, V], their requests' rows [n], those rows on the host, positions [n], K) -> [n, K] int64,
             the tokens that the sampler would prefer; set when the sampler is made.
+        lossy: [1] int64, accepted tokens that the target had not drawn, since last taken; None under a lossless rule.
         verified: this step's outcome; None until the sampler has run, and when no request had drafts.
     """
 
@@ -79,6 +80,7 @@ class TreeState:
         self.chain_only = torch.zeros(max_requests, dtype=torch.bool, device=device)
         self.any_chain_only = False
         self.likeliest: Callable[[Tensor, Tensor, np.ndarray, Tensor, int], Tensor]
+        self.lossy: Tensor | None = None
         self.trees: StepTrees | None = None
         self.verified: Verified | None = None
 
