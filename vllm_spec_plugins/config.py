@@ -13,7 +13,8 @@ from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from itertools import accumulate
 from operator import mul
-from typing import Any, ClassVar, Self, get_type_hints
+from types import UnionType
+from typing import Any, ClassVar, Self, get_args, get_type_hints
 
 from vllm_spec_plugins import choices as tree_choices
 
@@ -32,7 +33,10 @@ def setting(default: Any, doc: str, *, least: float | None = None, most: float |
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of one plugin. A subclass adds fields made with `setting` and may check combinations in `check`."""
+    """Settings of one plugin. A subclass adds fields made with `setting` and may check combinations in `check`.
+
+    A field of type `X | None` is None unless it was given.
+    """
 
     name: ClassVar[str]
 
@@ -61,8 +65,9 @@ class Settings:
         """Raise SettingError when the values do not go together."""
 
     def as_dict(self) -> dict[str, Any]:
-        """All values by key, with ``name``: what `parse_plugins` takes back."""
-        return {"name": self.name, **{f.name: getattr(self, f.name) for f in fields(self)}}
+        """All values by key, with ``name``, but for None: what `parse_plugins` takes back."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {"name": self.name, **{key: value for key, value in values.items() if value is not None}}
 
     def as_given(self) -> Any:
         """What `registry.resolve` takes back: plain data that JSON can carry."""
@@ -81,11 +86,29 @@ class NoneSettings(Settings):
     name: ClassVar[str] = "none"
 
 
+ACCEPT_RULES = ("walk", "typical")
+
+
 @dataclass(frozen=True)
 class SpeculationSettings(Settings):
     """What every method that speculates has."""
 
     adapt: bool = setting(True, "leave out drafts that cost more time than they save, as measured while serving")
+    accept: str = setting("walk", "walk: exact; typical: LOSSY, keeps drafts that are likely, not drawn")
+    eps: float | None = setting(None, "typical: a token this likely is kept (0.09)", least=0.0, most=1.0)
+    delta: float | None = setting(None, "typical: so is one above delta * exp(-entropy) (0.3)", least=0.0, most=1.0)
+
+    def check(self) -> None:
+        if self.accept not in ACCEPT_RULES:
+            raise SettingError(
+                f"{FLAG} {self.name}: accept={self.accept} is not valid; valid are {', '.join(ACCEPT_RULES)}"
+            )
+        for key in ("eps", "delta"):
+            if self.accept != "typical" and getattr(self, key) is not None:
+                raise SettingError(
+                    f"{FLAG} {self.name}: {key}={getattr(self, key)} with accept={self.accept} does not go together; "
+                    f"{key} belongs to accept=typical"
+                )
 
 
 @dataclass(frozen=True)
@@ -110,6 +133,7 @@ class LookaheadSettings(SpeculationSettings):
     )
 
     def check(self) -> None:
+        super().check()
         if self.window == 0 and not self.prompt_pool and not self.shared_pool:
             raise SettingError(
                 f"{FLAG} {self.name}: window=0 with prompt_pool=false leaves nothing to draft from; "
@@ -133,6 +157,7 @@ class JacobiSettings(SpeculationSettings):
     parallel_tokens: int = setting(0, "hybrid: tokens of an answer that are decoded in blocks", least=0, most=1 << 20)
 
     def check(self) -> None:
+        super().check()
         if self.mode not in JACOBI_MODES:
             raise SettingError(
                 f"{FLAG} {self.name}: mode={self.mode} is not valid; valid are {', '.join(JACOBI_MODES)}"
@@ -185,6 +210,7 @@ class MedusaSettings(SpeculationSettings):
         return tree_choices.read(self.choices) if self.choices else ()
 
     def check(self) -> None:
+        super().check()
         if not self.model:
             raise SettingError(
                 f"{FLAG} {self.name}: model is missing; write {self.name}:model=FOLDER_OR_HUB_ID of Medusa heads"
@@ -223,6 +249,7 @@ class SpecInferSettings(SpeculationSettings):
     )
 
     def check(self) -> None:
+        super().check()
         if not all(self.models):
             raise SettingError(
                 f"{FLAG} {self.name}: model is missing; write {self.name}:model=FOLDER_OR_HUB_ID of a draft model"
@@ -282,7 +309,9 @@ class MixSettings(SpeculationSettings):
         return super().parse(given)
 
     def as_dict(self) -> dict[str, Any]:
-        return {"name": self.name, "adapt": self.adapt, "nodes": self.nodes}
+        values = super().as_dict()
+        del values["sources"]
+        return values
 
     def as_given(self) -> list[dict[str, Any]]:
         return [*(source.as_dict() for source in self.sources), self.as_dict()]
@@ -353,8 +382,10 @@ def _read_json(text: str) -> Any:
         ) from error
 
 
-def _typed(plugin: str, key: str, value: Any, kind: type) -> Any:
+def _typed(plugin: str, key: str, value: Any, kind: Any) -> Any:
     """`value` as `kind`: text is read, anything else must already be of that type."""
+    if isinstance(kind, UnionType):  # None is what was not given
+        kind = get_args(kind)[0]
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     if isinstance(value, str) and kind is bool and value.lower() in ("true", "false"):
         return value.lower() == "true"

@@ -23,13 +23,13 @@ from vllm_spec_plugins.config import (
     SpeculationSettings,
     parse_plugins,
 )
-from vllm_spec_plugins.proposers.base import DraftModel, Proposer
+from vllm_spec_plugins.proposers.base import Count, Counting, DraftModel, Proposer
 from vllm_spec_plugins.proposers.jacobi import JacobiProposer
 from vllm_spec_plugins.proposers.lookahead import LookaheadProposer
 from vllm_spec_plugins.proposers.medusa import HeadShapes, MedusaHeads, MedusaProposer
 from vllm_spec_plugins.proposers.mixture import MixtureProposer
 from vllm_spec_plugins.proposers.specinfer import SpecInferProposer
-from vllm_spec_plugins.tree.accept import AcceptRule, Walk
+from vllm_spec_plugins.tree.accept import AcceptRule, Typical, Walk
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,9 @@ class Target:
     draft: Callable[[str], Draft]
 
 
+LOSSY = Count("lossy_tokens", "Accepted tokens that the target had not drawn.")
+
+
 @dataclass(frozen=True)
 class Method:
     """A named way to serve: its settings, what proposes trees, and what accepts from them.
@@ -95,10 +98,19 @@ class Method:
 
     def shape(self, settings: Settings) -> tuple[int, int]:
         """Nodes per tree without the root, and the depth of the deepest; (0, 0) without speculation."""
+        proposer = self._smallest(settings)
+        return (0, 0) if proposer is None else (proposer.num_nodes, proposer.max_depth)
+
+    def counts(self, settings: Settings) -> tuple[Count, ...]:
+        """What is counted beside acceptance: by the proposer, then by a lossy rule."""
+        proposer = self._smallest(settings)
+        own = proposer.counts if isinstance(proposer, Counting) else ()
+        return own if self.rule(settings).lossless else (*own, LOSSY)
+
+    def _smallest(self, settings: Settings) -> Proposer | None:
         if self.proposer is None:
-            return 0, 0
-        proposer = self.proposer(settings, SMALLEST)
-        return proposer.num_nodes, proposer.max_depth
+            return None
+        return self.proposer(settings, SMALLEST)
 
 
 METHODS: dict[str, Method] = {}
@@ -262,20 +274,27 @@ def _check_mix(settings: MixSettings, target: Target) -> None:
             check(source, target)
 
 
+def _rule(settings: SpeculationSettings) -> AcceptRule:
+    if settings.accept == "typical":
+        given = {key: value for key in ("eps", "delta") if (value := getattr(settings, key)) is not None}
+        return Typical(**given)
+    return Walk()
+
+
 register(Method(NoneSettings, proposer=None, rule=lambda _: Walk()))
-register(Method(LookaheadSettings, proposer=_lookahead, rule=lambda _: Walk()))
-register(Method(JacobiSettings, proposer=_jacobi, rule=lambda _: Walk()))
-register(Method(MedusaSettings, proposer=_medusa, rule=lambda _: Walk(), check=_check_medusa))
+register(Method(LookaheadSettings, proposer=_lookahead, rule=_rule))
+register(Method(JacobiSettings, proposer=_jacobi, rule=_rule))
+register(Method(MedusaSettings, proposer=_medusa, rule=_rule, check=_check_medusa))
 register(
     Method(
         SpecInferSettings,
         proposer=_specinfer,
-        rule=lambda _: Walk(),
+        rule=_rule,
         check=_check_specinfer,
         slots=lambda settings: settings.most_nodes,
     )
 )
-register(Method(MixSettings, proposer=_mix, rule=lambda _: Walk(), check=_check_mix, slots=_mixed_slots))
+register(Method(MixSettings, proposer=_mix, rule=_rule, check=_check_mix, slots=_mixed_slots))
 
 
 def plugins(value: Given) -> list[Settings]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import vllm_spec_plugins
+from tests.engine import compare
 from tests.engine.conftest import MODELS
 from tests.engine.test_grammar import SCHEMA
 from vllm_spec_plugins.config import SettingError
@@ -29,6 +31,19 @@ def plain(engine: Callable[..., Any]) -> Any:
 @pytest.fixture(scope="module")
 def medusa(engine: Callable[..., Any], plain: Any) -> Any:
     return engine(vllm_spec_plugins.engine_args("medusa", **FULL))
+
+
+@pytest.fixture(scope="module")
+def typical(engine: Callable[..., Any], plain: Any) -> Any:
+    """With what was logged at its start."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("vllm").addHandler(handler)
+    llm = engine(vllm_spec_plugins.engine_args("medusa", **FULL, accept="typical"))
+    logging.getLogger("vllm").removeHandler(handler)
+    llm.logged = lines
+    return llm
 
 
 def generate(llm: Any, prompts: list[list[int]], sampling: list[dict[str, Any]]) -> tuple[list[list[int]], float]:
@@ -112,6 +127,64 @@ def test_coupled_candidates_meet_more_draws_than_the_likeliest(
     state = medusa.llm_engine.model_executor.driver_worker.worker.model_runner.req_states.tree_state
     monkeypatch.setattr(state, "likeliest", lambda logits, rows, slots, position, count: logits.topk(count, 1)[::-1])
     assert coupled > tokens_per_step() + 0.1
+
+
+@pytest.mark.parametrize("name", ["greedy", "sampled", "mixed"])
+def test_logprobs_of_accepted_tokens_are_plain_decodings(
+    name: str, plain: Any, medusa: Any, prompts: list[list[int]]
+) -> None:
+    sampling = [{**SAMPLINGS[name](i), "logprobs": 5} for i in range(8)]
+    limits = {"max_tokens": 32, "ignore_eos": True}
+    expected = compare.generate(plain, prompts[:8], sampling, **limits)
+    for found, other in zip(compare.generate(medusa, prompts[:8], sampling, **limits), expected, strict=True):
+        compare.assert_same_logprobs(found, other)
+
+
+def test_typical_acceptance_is_plain_decoding_for_greedy_requests_also_beside_sampled_ones(
+    plain: Any, typical: Any, prompts: list[list[int]]
+) -> None:
+    greedy = [SAMPLINGS["greedy"](i) for i in range(8)]
+    expected, _ = generate(plain, prompts[:8], greedy)
+    assert generate(typical, prompts[:8], greedy)[0] == expected
+    mixed = [{"temperature": 0.8 * (i % 2), "seed": i} for i in range(8)]
+    assert generate(typical, prompts[:8], mixed)[0][::2] == expected[::2]
+
+
+def test_typical_acceptance_is_lossy_faster_and_says_so(
+    plain: Any, medusa: Any, typical: Any, prompts: list[list[int]]
+) -> None:
+    sampling = [{"temperature": 0.8, "seed": i} for i in range(6)]
+
+    def alone(llm: Any) -> tuple[list[list[int]], float]:
+        runs = [generate(llm, [prompt], [each]) for prompt, each in zip(prompts, sampling, strict=False)]
+        return [text[0] for text, _ in runs], sum(speed for _, speed in runs) / len(runs)
+
+    (walked, slow), (kept, fast) = alone(medusa), alone(typical)
+    print(slow, fast)
+    assert walked == generate(plain, prompts[:6], sampling)[0]
+    assert kept != walked
+    assert fast > slow + 0.1
+    sentences = [line for line in typical.logged if "lossy" in line]
+    assert sentences == [
+        "--plugin medusa: accept=typical is lossy: sampled text is not plain decoding's (greedy text is)"
+    ]
+
+
+def test_logprobs_of_what_typical_acceptance_kept_are_the_models(
+    plain: Any, typical: Any, prompts: list[list[int]]
+) -> None:
+    """Whatever the text has become, plain decoding gives its tokens these probabilities."""
+    from vllm import SamplingParams
+
+    sampling = [{"temperature": 0.8, "seed": i, "logprobs": 5} for i in range(4)]
+    outputs = compare.generate(typical, prompts[:4], sampling, max_tokens=32, ignore_eos=True)
+    for prompt, output in zip(prompts, outputs, strict=False):
+        text = {"prompt_token_ids": prompt + list(output.token_ids)}
+        (scored,) = plain.generate(text, SamplingParams(max_tokens=1, prompt_logprobs=5), use_tqdm=False)
+        expected = scored.prompt_logprobs[len(prompt) :]
+        for token, mine, other in zip(output.token_ids, output.logprobs, expected, strict=True):
+            assert mine.keys() == other.keys() and token in mine
+            assert all(mine[each].logprob == pytest.approx(other[each].logprob, abs=1e-4) for each in mine)
 
 
 def test_heads_in_the_original_layout_serve(

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import vllm_spec_plugins
+from tests.engine import compare
 from vllm_spec_plugins import registry
 
 SCHEMA = {
@@ -85,6 +86,21 @@ def test_prompt_logprobs_equal_plain_decodings(plain: Any, lookahead: Any, promp
         for a, b in zip(mine.prompt_logprobs[1:], other.prompt_logprobs[1:], strict=True):
             assert a.keys() == b.keys()
             assert all(a[token].logprob == pytest.approx(b[token].logprob, abs=1e-4) for token in a)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_logprobs_of_accepted_tokens_equal_plain_decodings(
+    temperature: float, plain: Any, lookahead: Any, prompts: list[list[int]]
+) -> None:
+    sampling = [{"temperature": temperature, "seed": i, "logprobs": 5} for i in range(6)]
+    limits = {"max_tokens": 48, "ignore_eos": True}
+    expected = compare.generate(plain, prompts[:6], sampling, **limits)
+    scheduler = lookahead.llm_engine.engine_core.engine_core.scheduler
+    before = scheduler.current_step
+    for found, other in zip(compare.generate(lookahead, prompts[:6], sampling, **limits), expected, strict=True):
+        compare.assert_same_logprobs(found, other)
+    if temperature == 0.0:
+        assert scheduler.current_step - before < 48  # drafts were accepted
 
 
 def test_mean_acceptance_length_is_tokens_per_target_step(engine: Callable[..., Any], prompts: list[list[int]]) -> None:

@@ -67,11 +67,23 @@ def test_settings_survive_the_way_to_another_process() -> None:
     assert settings == LookaheadSettings(window=3, prompt_pool=False, min_chance=0.25)
 
 
+def test_a_lossy_rule_is_asked_for_by_name_with_its_own_settings() -> None:
+    assert registry.method_of(default := registry.resolve("lookahead")).rule(default).lossless
+    settings = registry.resolve("medusa:model=H,accept=typical,eps=.2")
+    assert registry.resolve(settings.as_dict()) == settings
+    assert registry.resolve(default.as_dict()) == default
+    rule: Any = registry.method_of(settings).rule(settings)
+    assert (rule.name, rule.lossless, rule.eps, rule.delta) == ("typical", False, 0.2, 0.3)
+
+
 @pytest.mark.parametrize(
     ("value", "sentence"),
     [
         ("lookahed", "there is no plugin 'lookahed' (did you mean 'lookahead'?); valid are none, lookahead"),
-        ("lookahead:windw=3", "there is no setting 'windw' (did you mean 'window'?); valid are adapt, window, ngram"),
+        (
+            "lookahead:windw=3",
+            "there is no setting 'windw' (did you mean 'window'?); valid are adapt, accept, eps",
+        ),
         ("lookahead:window=many", "lookahead: window=many is not a whole number"),
         ("lookahead:window=1.5", "lookahead: window=1.5 is not a whole number"),
         ("lookahead:min_chance=often", "lookahead: min_chance=often is not a number"),
@@ -86,6 +98,12 @@ def test_settings_survive_the_way_to_another_process() -> None:
         ("jacobi:mode=serial", "jacobi: mode=serial is not valid; valid are parallel, blocks, hybrid"),
         ("jacobi:mode=hybrid", "mode=hybrid needs parallel_tokens>=1"),
         ("jacobi:parallel_tokens=9", "mode=parallel with parallel_tokens=9 does not go together"),
+        ("lookahead:accept=typicaly", "lookahead: accept=typicaly is not valid; valid are walk, typical"),
+        ("lookahead:eps=.1", "eps=0.1 with accept=walk does not go together; eps belongs to accept=typical"),
+        ("jacobi:accept=walk,delta=.3", "delta=0.3 with accept=walk does not go together"),
+        ("medusa:model=heads,accept=typical,eps=2", "medusa: eps=2.0 is out of range; valid are 0.0 to 1.0"),
+        ("medusa:model=heads,accept=typical,delta=x", "medusa: delta=x is not a number"),
+        ("none:accept=typical", "there is no setting 'accept'; valid are none"),
         ("medusa", "medusa: model is missing; write medusa:model=FOLDER_OR_HUB_ID"),
         ("medusa:model=heads,depth=0", "medusa: depth=0 is out of range; valid are 1 to 16"),
         ("medusa:model=heads,ranks=65", "medusa: ranks=65 is out of range; valid are 1 to 64"),

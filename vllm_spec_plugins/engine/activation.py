@@ -9,10 +9,11 @@ from functools import lru_cache
 from typing import Any
 
 from vllm_spec_plugins import CONFIG_KEY, registry
-from vllm_spec_plugins.config import ENVIRONMENT, Settings
+from vllm_spec_plugins.config import ENVIRONMENT, FLAG, Settings
 from vllm_spec_plugins.engine import support
 from vllm_spec_plugins.engine.settings import speculative_config
 from vllm_spec_plugins.hook import apply, installed_vllm
+from vllm_spec_plugins.proposers.base import Count
 from vllm_spec_plugins.registry import method_of
 
 # Tells the processes of an engine that a plugin is on before they have its configuration.
@@ -33,8 +34,17 @@ def prepare(engine_args: Any, settings: Settings) -> None:
 
 
 def check(config: Any, settings: Settings) -> None:
-    """After the configuration is made: refuse what the plugin cannot serve."""
+    """After the configuration is made: refuse what the plugin cannot serve, and say it when output is not exact."""
     support.check_engine(config, settings)
+    if not (rule := method_of(settings).rule(settings)).lossless:
+        from vllm.logger import init_logger
+
+        init_logger(f"vllm.{__name__}").warning(
+            "%s %s: accept=%s is lossy: sampled text is not plain decoding's (greedy text is)",
+            FLAG,
+            settings.name,
+            rule.name,
+        )
 
 
 def clear() -> None:
@@ -52,6 +62,18 @@ def max_depth() -> int | None:
     """Depth of the trees of the plugin that is on in this process; None: no plugin, or one without speculation."""
     active = os.environ.get(ACTIVE)
     return _depth_of(active) if active else None
+
+
+@lru_cache(maxsize=8)
+def _counts_of(active: str) -> tuple[Count, ...]:
+    settings = registry.resolve(active)
+    return method_of(settings).counts(settings)
+
+
+def counts() -> tuple[Count, ...]:
+    """What the plugin that is on in this process counts beside acceptance."""
+    active = os.environ.get(ACTIVE)
+    return _counts_of(active) if active else ()
 
 
 def install() -> None:

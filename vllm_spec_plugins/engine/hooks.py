@@ -120,8 +120,9 @@ def _schedule(original: Callable[..., Any]) -> Callable[..., Any]:
 def _update_draft_token_ids(original: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
     def update_draft_token_ids(self: Any, draft_token_ids: Any) -> None:
         if is_tree_method(self.vllm_config.speculative_config):
-            from vllm_spec_plugins.engine import grammar, scheduling
+            from vllm_spec_plugins.engine import grammar, metrics, scheduling
 
+            metrics.keep_counts(self, draft_token_ids)
             scheduling.decline(self, draft_token_ids)
             grammar.remember_parents(self, draft_token_ids)
         original(self, draft_token_ids)
@@ -174,9 +175,10 @@ def _update_from_output(original: Callable[..., Any]) -> Callable[..., Any]:
             exchange.keep(self, model_runner_output)
         outputs = original(self, scheduler_output, model_runner_output)
         if ours:
-            from vllm_spec_plugins.engine.metrics import count_steps_without_drafts
+            from vllm_spec_plugins.engine.metrics import count_steps_without_drafts, send_counts
 
             count_steps_without_drafts(self.num_spec_tokens, scheduler_output, outputs)
+            send_counts(self, outputs)
         return outputs
 
     return update_from_output
@@ -225,9 +227,46 @@ def _observe(original: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]
     def observe(self: Any, spec_decoding_stats: Any) -> None:
         original(self, spec_decoding_stats)
         if (depth := activation.max_depth()) is not None:
-            from vllm_spec_plugins.engine.metrics import by_depth
+            from vllm_spec_plugins.engine.metrics import CountsLog, by_depth
 
             self.accepted_tokens_per_pos_lists[-1] = by_depth(spec_decoding_stats, depth)
+            if not hasattr(self, "_spec_counts"):
+                self._spec_counts = CountsLog(activation.counts())
+            self._spec_counts.observe(spec_decoding_stats)
+
+    return observe
+
+
+def _reset(original: Callable[[Any], None]) -> Callable[[Any], None]:
+    def reset(self: Any) -> None:
+        original(self)
+        if hasattr(self, "_spec_counts"):
+            self._spec_counts.log()
+
+    return reset
+
+
+def _prometheus(original: Callable[..., None]) -> Callable[..., None]:
+    def __init__(
+        self: Any, speculative_config: Any, labelnames: Any, per_engine_labelvalues: Any, is_diffusion: bool = False
+    ) -> None:
+        original(self, speculative_config, labelnames, per_engine_labelvalues, is_diffusion)
+        self._spec_counters = []
+        if is_tree_method(speculative_config):
+            from vllm_spec_plugins.engine.metrics import counters
+
+            self._spec_counters = counters(activation.counts(), labelnames, per_engine_labelvalues)
+
+    return __init__
+
+
+def _prometheus_observe(original: Callable[..., None]) -> Callable[..., None]:
+    def observe(self: Any, spec_decoding_stats: Any, engine_idx: int = 0) -> None:
+        original(self, spec_decoding_stats, engine_idx)
+        from vllm_spec_plugins.engine.metrics import counted
+
+        for counter, value in zip(self._spec_counters, counted(spec_decoding_stats), strict=False):
+            counter[engine_idx].inc(value)
 
     return observe
 
@@ -368,5 +407,26 @@ ENGINE_HOOKS: tuple[Hook, ...] = (
         signature="(self, spec_decoding_stats)",
         upstream="goes when a proposer can say how deep it drafts",
         replacement=_observe,
+    ),
+    Hook(
+        target="vllm.v1.spec_decode.metrics:SpecDecodingLogging.reset",
+        why="what a proposer or a lossy rule counts gets a line behind vLLM's, after which the figures are reset",
+        signature="(self)",
+        upstream="goes when a speculator can bring figures of its own",
+        replacement=_reset,
+    ),
+    Hook(
+        target="vllm.v1.spec_decode.metrics:SpecDecodingProm.__init__",
+        why="and counters of its own",
+        signature="(self, speculative_config, labelnames, per_engine_labelvalues, is_diffusion=False)",
+        upstream="goes with SpecDecodingLogging.reset",
+        replacement=_prometheus,
+    ),
+    Hook(
+        target="vllm.v1.spec_decode.metrics:SpecDecodingProm.observe",
+        why="which are counted up here",
+        signature="(self, spec_decoding_stats, engine_idx=0)",
+        upstream="goes with SpecDecodingLogging.reset",
+        replacement=_prometheus_observe,
     ),
 )

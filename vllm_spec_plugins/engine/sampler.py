@@ -18,7 +18,7 @@ from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS, SamplingStates
 
 from vllm_spec_plugins.compiled import loops_for
 from vllm_spec_plugins.engine.state import StepTrees, TreeState, Verified
-from vllm_spec_plugins.tree.accept import Acceptance, AcceptRule, Walk
+from vllm_spec_plugins.tree.accept import Acceptance, AcceptRule, TargetRows, Walk
 from vllm_spec_plugins.tree.tree import TokenTree
 
 
@@ -27,6 +27,8 @@ class TreeVerifier:
 
     def __init__(self, sampler: Sampler, state: TreeState, rule: AcceptRule) -> None:
         self.sampler, self.state, self.rule = sampler, state, rule
+        if not rule.lossless:
+            state.lossy = torch.zeros(1, dtype=torch.int64, device=state.tokens.device)
 
     def __call__(
         self,
@@ -53,8 +55,11 @@ class TreeVerifier:
             drawn = self._draw_reached(processed, position, tree, input_batch, trees)
         else:
             drawn, processed = self._draw_all(processed, position, input_batch, trees, local)
-        acceptance = self.rule(tree, drawn)
+        target = self._target(processed, input_batch, trees, local) if self.rule.needs_target else None
+        acceptance = self.rule(tree, drawn, target)
         self.state.verified = Verified(tree, drawn, acceptance)
+        if self.state.lossy is not None:
+            self.state.lossy += undrawn(acceptance, drawn)
 
         logprobs = self._logprobs(logits, processed, input_batch, acceptance, trees, local)
         num_sampled, num_rejected = get_num_sampled_and_rejected(
@@ -134,6 +139,13 @@ class TreeVerifier:
             top_p,
         )
 
+    def _target(self, processed: Tensor, batch: InputBatch, trees: StepTrees, local: Tensor) -> TargetRows:
+        """What the target computed at the trees' rows, for a rule that asks."""
+        index = torch.full_like(trees.tree.depth, -1)
+        index[trees.request, local] = torch.arange(len(local), device=local.device)
+        temperature = self.sampler.sampling_states.temperature.gpu
+        return TargetRows(processed, index, greedy=temperature[batch.idx_mapping] == 0)
+
     def _reads_history(self, slots: np.ndarray) -> bool:
         """Whether a processor of these requests looks at the drafts before a row (they take the rows for a chain)."""
         _, penalties, bad_words, *custom = self.sampler.logits_processors
@@ -199,6 +211,14 @@ def likeliest(
     tokens, sums = gumbel_topk(logits.numpy(), temperature, seeds, position.numpy(), count)
     scale = np.where(temperature > 0, temperature, np.float32(1.0))
     return torch.from_numpy(tokens), torch.from_numpy(sums * scale[:, None])
+
+
+def undrawn(acceptance: Acceptance, drawn: Tensor) -> Tensor:
+    """[] int64: accepted tokens that the target had not drawn, [B, N + 1], at the row before them."""
+    before = pad(acceptance.path, (1, 0))[:, :-1]
+    place = torch.arange(before.shape[1], device=before.device)
+    accepted = place < acceptance.num_accepted.unsqueeze(1)
+    return (accepted & (acceptance.emitted[:, :-1] != drawn.gather(1, before))).sum()
 
 
 def _without_invalid(tree: TokenTree, request: Tensor, local: Tensor, invalid: Tensor) -> TokenTree:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -22,10 +22,12 @@ class TreeDraftTokenIds(DraftTokenIds):
     Attributes:
         gain: how many nodes each request's proposer expects to be accepted.
         parents: row of each node's parent; None when no request of the batch has a grammar (tokens are -1 then).
+        counts: what proposer and rule counted since the last ones (`Method.counts`).
     """
 
     gain: list[float]
     parents: list[list[int]] | None = None
+    counts: list[int] = field(default_factory=list)
 
 
 def governor_of(scheduler: Any) -> Governor | None:

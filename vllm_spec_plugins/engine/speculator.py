@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -22,7 +23,7 @@ from vllm_spec_plugins.engine import weights
 from vllm_spec_plugins.engine.drafter import Drafter
 from vllm_spec_plugins.engine.scheduling import TreeDraftTokenIds
 from vllm_spec_plugins.engine.state import TreeState, Verified
-from vllm_spec_plugins.proposers.base import StepContext
+from vllm_spec_plugins.proposers.base import Counting, StepContext
 from vllm_spec_plugins.registry import Surroundings, method_of
 from vllm_spec_plugins.tree.accept import Acceptance, Walk
 from vllm_spec_plugins.tree.tree import TokenTree
@@ -163,8 +164,17 @@ class TreeSpeculator(BaseSpeculator):
         )
         self.state.end_step()
         self.state.store(slots, tree)
-        cast("Any", input_batch).tree = tree  # to the handler, which is given the same batch
+        # To the handler, which is given the same batch.
+        cast("Any", input_batch).tree, cast("Any", input_batch).tree_counts = tree, self._take_counts()
         return tree.tokens.clamp(min=0) if self.fixed_shape else tree.tokens
+
+    def _take_counts(self) -> list[Tensor]:
+        """Integers [n] on the device, in the order of `Method.counts`."""
+        taken = [self.proposer.take_counts()] if isinstance(self.proposer, Counting) else []
+        if self.state.lossy is not None:
+            taken.append(self.state.lossy)
+            self.state.lossy = torch.zeros_like(self.state.lossy)
+        return taken
 
     def _ends(self, batch: InputBatch) -> Tensor:
         """[B] int64: the row of the batch that drew each request's last token."""
@@ -200,6 +210,7 @@ class TreeDraftsHandler(DraftTokensHandler):
     """
 
     tree: TokenTree | None = None
+    counts: Sequence[Tensor] = ()
 
     def set_draft_tokens(self, input_batch: InputBatch, draft_tokens: Tensor) -> None:
         self.tree, self.width = getattr(input_batch, "tree", None), draft_tokens.shape[1]
@@ -207,19 +218,21 @@ class TreeDraftsHandler(DraftTokensHandler):
             # Both in the one copy that is made in this case.
             draft_tokens = torch.cat((self.tree.tokens[:, : self.width], self.tree.parents[:, : self.width]), 1)
         super().set_draft_tokens(input_batch, draft_tokens)
+        self.counts = getattr(input_batch, "tree_counts", ())
 
     def get_draft_tokens(self) -> DraftTokenIds | None:
         drafts = super().get_draft_tokens()
         if drafts is None or self.tree is None:
             return drafts
         tree, given = self.tree, drafts.draft_token_ids
-        counts = [min(count, self.width) for count in tree.num_nodes.tolist()]
-        tokens = [ids[:count] for ids, count in zip(given, counts, strict=True)]
+        present = [min(count, self.width) for count in tree.num_nodes.tolist()]
+        tokens = [ids[:count] for ids, count in zip(given, present, strict=True)]
         gain = (tree.num_nodes if tree.gain is None else tree.gain).tolist()
+        counts = [count for each in self.counts for count in each.tolist()]
         if self.draft_tokens_np is None:
-            return TreeDraftTokenIds(drafts.req_ids, tokens, gain)
-        parents = [ids[self.width : self.width + count] for ids, count in zip(given, counts, strict=True)]
-        return TreeDraftTokenIds(drafts.req_ids, tokens, gain, parents)
+            return TreeDraftTokenIds(drafts.req_ids, tokens, gain, counts=counts)
+        parents = [ids[self.width : self.width + count] for ids, count in zip(given, present, strict=True)]
+        return TreeDraftTokenIds(drafts.req_ids, tokens, gain, parents, counts)
 
 
 def _eos_token_ids(vllm_config: VllmConfig) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -96,6 +96,31 @@ class Proposer(Protocol):
 
     def propose(self, ctx: StepContext) -> TokenTree:
         """Trees of shape [B, num_nodes] below each request's last token."""
+        ...
+
+
+class Count(NamedTuple):
+    """Something that is counted beside acceptance.
+
+    Attributes:
+        name: of the metric (behind "vllm:spec_plugin_") and in the log.
+        doc: one line on what is counted.
+        per: the name of another count; the log shows this one per that one.
+    """
+
+    name: str
+    doc: str
+    per: str = ""
+
+
+@runtime_checkable
+class Counting(Protocol):
+    """A proposer that counts something of its own; `counts` is part of its class."""
+
+    counts: tuple[Count, ...]
+
+    def take_counts(self) -> Tensor:
+        """[len(counts)] int64 on the device: what was counted since last asked."""
         ...
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from vllm_spec_plugins.config import JACOBI_MODES
-from vllm_spec_plugins.proposers.base import StepContext
+from vllm_spec_plugins.proposers.base import Count, StepContext
 from vllm_spec_plugins.tree.builders import chain
 from vllm_spec_plugins.tree.tree import TokenTree
 
@@ -33,6 +33,10 @@ class JacobiProposer:
     name = "jacobi"
     reads_draws = remembers = True
     reads_hidden = False
+    counts = (
+        Count("jacobi_iterations", "Passes over blocks of Jacobi decoding.", per="jacobi_blocks"),
+        Count("jacobi_blocks", "Blocks of Jacobi decoding that were finished; of a sliding block, its lengths."),
+    )
 
     def __init__(
         self, *, max_requests: int, device: torch.device | str, block: int, mode: str, parallel_tokens: int
@@ -43,12 +47,18 @@ class JacobiProposer:
         self.mode, self.parallel_tokens = mode, parallel_tokens
         self.open = torch.full((max_requests,), block, dtype=torch.int64, device=device)  # tokens left of the block
         self.prompt = torch.zeros(max_requests, dtype=torch.int64, device=device)
+        self.counted = torch.zeros(len(self.counts), dtype=torch.int64, device=device)
         self._place = torch.arange(block, device=device)
 
     def add_request(self, slot: int, prompt_len: int) -> None:
         """A new request in row `slot` begins a block."""
         self.open[slot] = self.block
         self.prompt[slot] = prompt_len
+
+    def take_counts(self) -> Tensor:
+        """Iterations and blocks since last asked."""
+        taken, self.counted = self.counted, torch.zeros_like(self.counted)
+        return taken
 
     def propose(self, ctx: StepContext) -> TokenTree:
         """The draws behind the new root as a chain; where nothing was drawn yet, the text's last tokens again."""
@@ -65,12 +75,19 @@ class JacobiProposer:
 
     def _length(self, ctx: StepContext, emitted: Tensor) -> Tensor:
         """[B]: nodes of each chain."""
-        length = torch.full_like(ctx.lengths, self.block)
-        if self.mode != "parallel":
-            left = self.open[ctx.slots] - emitted
-            length = left.where(left > 0, self.block)
-            self.open[ctx.slots] = length
+        left = self.open[ctx.slots] - emitted
+        finished = left <= 0
+        if self.mode == "parallel":  # tokens beyond the end are the next block's
+            finished = finished * (1 + -left // self.block)
+            left = left + finished * self.block
+            length = torch.full_like(left, self.block)
+        else:
+            length = left = left.masked_fill(finished, self.block)
+        self.open[ctx.slots] = left
+        iterated = emitted > 0
         if self.mode == "hybrid":
             answered = ctx.lengths - self.prompt[ctx.slots]
             length = length.where(answered < self.parallel_tokens, 0)
+            iterated &= answered - emitted < self.parallel_tokens
+        self.counted += torch.stack((iterated.sum(), (finished * iterated).sum()))
         return length if ctx.budget is None else length.clamp(max=ctx.budget)

@@ -2,10 +2,13 @@
 """Measurements on real servers: speed beside plain vLLM, identity of the output, constrained answers, distribution of the
 samples.
 
+`acceptance` needs no server: how often the walk goes on, by how a node's children were chosen.
+
     python -m vllm_spec_plugins.tools.bench [speed] --plugin lookahead --plugin lookahead:guesses=8 --json speed.json
     python -m vllm_spec_plugins.tools.bench identity --plugin lookahead
     python -m vllm_spec_plugins.tools.bench json --plugin lookahead:guesses=4
     python -m vllm_spec_plugins.tools.bench distribution --plugin lookahead
+    python -m vllm_spec_plugins.tools.bench acceptance
 
 Further arguments for every server follow a ``--``: ``... bench --model M -- --max-model-len 2048``. Exit status 1 when an
 output is not plain vLLM's, or not what its schema allows.
@@ -26,7 +29,7 @@ from rich.table import Table
 
 from vllm_spec_plugins.config import SettingError
 from vllm_spec_plugins.registry import resolve
-from vllm_spec_plugins.tools import identity, report
+from vllm_spec_plugins.tools import acceptance, identity, report
 from vllm_spec_plugins.tools.load import GREEDY, PROMPTS, SAMPLED, TARGET, load_prompts
 from vllm_spec_plugins.tools.server import Server, ServerError, running, stop_on_sigterm
 from vllm_spec_plugins.tools.speed import NONE, Configuration, measure, plain, plugin, serve, vllm_ngram
@@ -140,6 +143,24 @@ def check_distribution(
     return {"distributions": reports}, tables, sound
 
 
+def check_acceptance(
+    arguments: argparse.Namespace, say: Callable[[str], None]
+) -> tuple[dict[str, Any], list[Table], bool]:
+    """Chance that the walk goes on, for random distributions."""
+    lines = acceptance.measure(arguments.samples, arguments.seed, say=say)
+    counts = " / ".join(map(str, acceptance.CHILDREN))
+    table = Table(
+        title=f"chance that the walk goes on with {counts} children, {acceptance.PAIRS} random (p, q) per line, "
+        f"{arguments.samples} draws each, seed {arguments.seed}",
+    )
+    for name in ("vocabulary, similarity", "coupled children", "likeliest children of q", "1 - TV(p, q)"):
+        table.add_column(name)
+    for line in lines:
+        shares = (" / ".join(f"{share:.3f}" for share in kind) for kind in (line.coupled, line.likeliest))
+        table.add_row(f"{line.vocab}, {line.similarity}", *shares, f"{line.overlap:.3f}")
+    return {"lines": [line.as_dict() for line in lines]}, [table], all(line.exact for line in lines)
+
+
 def _servers(
     configurations: Sequence[Configuration],
     arguments: argparse.Namespace,
@@ -161,9 +182,16 @@ MEASUREMENTS: dict[str, Callable[..., tuple[dict[str, Any], list[Table], bool]]]
     "identity": check_identity,
     "json": check_json,
     "distribution": check_distribution,
+    "acceptance": check_acceptance,
 }
 # prompts, max_tokens
-DEFAULTS = {"speed": (16, 128), "identity": (200, 128), "json": (200, 256), "distribution": (0, 0)}
+DEFAULTS = {
+    "speed": (16, 128),
+    "identity": (200, 128),
+    "json": (200, 256),
+    "distribution": (0, 0),
+    "acceptance": (0, 0),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -183,9 +211,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="requests at a time; several times for speed (1, 8)",
     )
-    parser.add_argument("--samples", type=int, default=4000, metavar="N", help="distribution: per prompt (%(default)s)")
     parser.add_argument(
-        "--seed", type=int, default=secrets.randbelow(2**31), metavar="N", help="distribution: the server's (a new one)"
+        "--samples",
+        type=int,
+        default=4000,
+        metavar="N",
+        help="distribution: per prompt; acceptance: per pair (%(default)s)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=secrets.randbelow(2**31),
+        metavar="N",
+        help="distribution: the server's; acceptance: of the pairs and the noise (a new one)",
     )
     parser.add_argument("--no-ngram", action="store_true", help="speed: leave out vLLM's own ngram method")
     parser.add_argument("--ngram-drafts", type=int, default=4, metavar="N", help="its drafts per step (%(default)s)")

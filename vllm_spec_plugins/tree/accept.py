@@ -38,11 +38,13 @@ class TargetRows:
     Attributes:
         logits: [M, V], processed (temperature, filters, penalties), one line per row computed in this step.
         index: [B, N + 1] int64, the line of each tree row; -1 = row not present.
+        greedy: [B] bool, requests at temperature 0, which their logits do not show; None = no request is.
         hidden: [M, H] last hidden states, or None.
     """
 
     logits: Tensor
     index: Tensor
+    greedy: Tensor | None = None
     hidden: Tensor | None = None
 
 
@@ -114,3 +116,33 @@ class Walk:
         absent = (tree.tokens | drawn[:, 1:]) < 0  # no node, or a node whose row was cut before verification
         wrong = (tree.tokens != drawn.gather(1, tree.parents)) | absent  # [B, N]
         return accept_down_to(tree, deepest_reachable(tree, wrong), drawn)
+
+
+class Typical:
+    """Typical acceptance of Medusa (arXiv 2401.10774, section 2.3.1): lossy, for text that is likely rather than drawn.
+
+    A node is kept where the target gives its token more than min(eps, delta * exp(-H)), H the entropy in nats of the
+    target's distribution there, after temperature and filters; of the paths of kept nodes the longest wins, of equally
+    long ones the first. Behind it stands the target's own draw. (The paper takes the likeliest token there. A draw keeps
+    the first token after a rejection the request's temperature.)
+
+    At temperature 0 the distribution is all on one token, so the rule is the walk, and lossless.
+    """
+
+    name = "typical"
+    lossless = False
+    needs_target = True
+
+    def __init__(self, eps: float = 0.09, delta: float = 0.3) -> None:
+        self.eps, self.delta = eps, delta
+
+    def __call__(self, tree: TokenTree, drawn: Tensor, target: TargetRows | None = None) -> Acceptance:
+        assert target is not None
+        p = target.logits.softmax(-1, dtype=torch.float32)  # [M, V]
+        least = (self.delta * torch.exp(-torch.special.entr(p).sum(-1))).clamp(max=self.eps)  # [M]
+        above = target.index.gather(1, tree.parents).clamp(min=0)  # [B, N], the line of each node's parent
+        kept = p[above, tree.tokens.clamp(min=0)] > least[above]
+        if target.greedy is not None:
+            kept = (tree.tokens == drawn.gather(1, tree.parents)).where(target.greedy.unsqueeze(1), kept)
+        absent = (tree.tokens | drawn[:, 1:]) < 0
+        return accept_down_to(tree, deepest_reachable(tree, ~kept | absent), drawn)

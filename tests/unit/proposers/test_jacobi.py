@@ -87,3 +87,24 @@ def test_draws_behind_an_accepted_path_are_the_next_guesses():
     tree = state.propose(ctx)
     assert tree.tokens.tolist() == [[22, 23, 24, 21]]  # and the text's last token where nothing was drawn
     assert tree.parents.tolist() == [[0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize(
+    ("mode", "parallel_tokens", "expected"),
+    [("blocks", 0, (6, 3)), ("parallel", 0, (6, 3)), ("hybrid", 9, (3, 2))],
+)
+def test_iterations_and_finished_blocks_are_counted(mode, parallel_tokens, expected):
+    """Steps that emit 2, 3, 6, 0 (still in the prompt), 1, 1 and 5 tokens, in blocks of 5."""
+    state = proposer(block=5, mode=mode, parallel_tokens=parallel_tokens, requests=1)
+    state.add_request(0, 3)
+    token_ids, length = torch.arange(60, dtype=torch.int32).unsqueeze(0), 3
+    for emitted in (2, 3, 6, 0, 1, 1, 5):
+        length += emitted
+        counts, drawn = torch.tensor([emitted]), torch.zeros(1, 6, dtype=torch.int64)
+        state.propose(
+            StepContext(
+                torch.tensor([0]), token_ids, torch.tensor([length]), length, counts, drawn, TokenTree.empty(1, 5)
+            )
+        )
+    assert tuple(state.take_counts().tolist()) == expected
+    assert state.take_counts().tolist() == [0, 0]

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -40,6 +42,23 @@ def walk(tokens: list[int], parents: list[int], drawn: list[int]) -> tuple[list[
             if parent == row and tokens[node] == drawn[row] and tokens[node] >= 0:
                 frontier.append((node + 1, [*rows, node + 1], emitted))
     return best
+
+
+def typical(
+    tokens: list[int], parents: list[int], p: list[list[float]], eps: float, delta: float
+) -> tuple[list[int], int]:
+    """(rows of the first of the longest paths of typical tokens, where it ends); p: the target's at every row."""
+    best: list[int] = []
+    for node in range(len(tokens)):
+        path = path_to(parents, node + 1)
+        right = tokens[node] >= 0
+        for row in path:
+            above = p[parents[row - 1]]
+            entropy = -sum(x * math.log(x) for x in above if x > 0)
+            right &= above[tokens[row - 1]] > min(eps, delta * math.exp(-entropy))
+        if right and len(path) > len(best):
+            best = path
+    return best, best[-1] if best else 0
 
 
 def paths(tree: TokenTree, request: int = 0) -> list[tuple[int, ...]]:

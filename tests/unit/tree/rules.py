@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Acceptance rules by exact enumeration: the output distribution of one node with two children.
+"""Acceptance rules by exact enumeration: the output distribution of one node and its children.
 
 Each rule gets the target's p, the draft's q and the children in order, and returns (distribution of the emitted
 token, chance that a child was accepted). `enumerate_rule` averages over how the children were chosen.
+
+The two published rules that need draft probabilities stand here a second time, for many nodes and real vocabularies:
+`specinfer_accepts` and `rrsw_accepts`. They are references to compare with; the engine has neither.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import product
+from itertools import permutations, product
+from math import prod
 
 import torch
 from torch import Tensor
@@ -28,19 +32,20 @@ def without(x: Tensor, token: int) -> Tensor:
 # How children are chosen.
 
 
-def independent(q: Tensor) -> Iterator[tuple[float, tuple[int, ...]]]:
-    """Two draws from q."""
-    for a, b in product(range(len(q)), repeat=2):
-        yield float(q[a] * q[b]), (a, b)
+def independent(q: Tensor, count: int = 2) -> Iterator[tuple[float, tuple[int, ...]]]:
+    """`count` draws from q."""
+    for children in product(range(len(q)), repeat=count):
+        yield prod(float(q[child]) for child in children), children
 
 
-def without_replacement(q: Tensor) -> Iterator[tuple[float, tuple[int, ...]]]:
-    """Two draws from q, the second from what the first left over."""
-    for a in range(len(q)):
-        rest = norm(without(q, a))
-        for b in range(len(q)):
-            if b != a:
-                yield float(q[a] * rest[b]), (a, b)
+def without_replacement(q: Tensor, count: int = 2) -> Iterator[tuple[float, tuple[int, ...]]]:
+    """`count` draws from q, each from what those before it left over."""
+    for children in permutations(range(len(q)), count):
+        rest, weight = q, 1.0
+        for child in children:
+            weight *= float(rest[child])
+            rest = norm(without(rest, child))
+        yield weight, children
 
 
 def best_two(q: Tensor) -> Iterator[tuple[float, tuple[int, ...]]]:
@@ -100,3 +105,35 @@ def enumerate_rule(p: Tensor, q: Tensor, choice: Choice, rule: Rule) -> tuple[fl
         out += weight * dist
         accepted += weight * hit
     return float((out - p).abs().max()), accepted
+
+
+# Many nodes at once: p and q [n, V]. Only what is random is drawn, sums over children are taken exactly.
+
+
+def specinfer_accepts(p: Tensor, q: Tensor, count: int) -> Iterator[Tensor]:
+    """After 1, 2 .. `count` independent children: [n, V], the chance that the token was one of them and accepted."""
+    accepted, alive = torch.zeros_like(p), torch.ones_like(p[:, :1])
+    for _ in range(count):
+        common = torch.minimum(p, q)
+        accepted = accepted + alive * common
+        yield accepted
+        alive = alive * (1 - common.sum(1, keepdim=True)).clamp(min=0)
+        p = _norm_rows((p - q).clamp(min=0))
+
+
+def rrsw_accepts(p: Tensor, q: Tensor, count: int, rng: torch.Generator) -> Iterator[Tensor]:
+    """`specinfer_accepts` for children drawn without replacement; which ones were rejected before is drawn."""
+    accepted, alive = torch.zeros_like(p), torch.ones_like(p[:, :1])
+    for _ in range(count):
+        common = torch.minimum(p, q)
+        accepted = accepted + alive * common
+        yield accepted
+        alive = alive * (1 - common.sum(1, keepdim=True)).clamp(min=0)
+        # A child that was rejected was drawn from q and not kept: its distribution is what q has beyond p.
+        rejected = (q - p).clamp(min=1e-30).multinomial(1, generator=rng)
+        p = _norm_rows((p - q).clamp(min=0))
+        q = _norm_rows(q.scatter(1, rejected, 0.0))
+
+
+def _norm_rows(x: Tensor) -> Tensor:
+    return x / x.sum(1, keepdim=True).clamp(min=1e-30)
