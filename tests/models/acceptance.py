@@ -67,7 +67,7 @@ def chances(prompt: Tensor, tokens: int, temperature: float, seed: int, director
         position = np.full(batch, length + step - 1)  # of the row that draws, as in the engine
         drawn = torch.from_numpy(gumbel_argmax(logits.numpy(), None, seeds, position, drafting=False, fp64=False)[0])
         ids = drawn.unsqueeze(1)
-        coupled = torch.from_numpy(gumbel_topk(guess.numpy(), heat, seeds, position, WIDTHS))
+        coupled = torch.from_numpy(gumbel_topk(guess.numpy(), heat, seeds, position, WIDTHS)[0])
         likeliest = guess.topk(WIDTHS).indices
         p, q = logits.softmax(-1), guess.softmax(-1)
         published = rrsw_accepts(p, q, WIDTHS, rng), specinfer_accepts(p, q, WIDTHS)

@@ -75,7 +75,7 @@ def goes_on(p: Tensor, q: Tensor, samples: int, seed: int) -> tuple[Tensor, Tens
         target = torch.from_numpy(drawn)
         drafts = q.log().repeat(count, 1).numpy()
         coupled = torch.from_numpy(
-            gumbel_topk(drafts, np.ones(count, np.float32), np.full(count, seed), position.numpy(), widest)
+            gumbel_topk(drafts, np.ones(count, np.float32), np.full(count, seed), position.numpy(), widest)[0]
         )
         for which, children in enumerate((coupled, given[:count])):
             for column, k in enumerate(CHILDREN):
