@@ -184,6 +184,7 @@ def run(arguments: argparse.Namespace) -> int:
             f"{plan.heads} heads for {plan.model}, {trained:,} weights; {plan.steps} steps of {plan.batch} windows of "
             f"{plan.length} tokens, {len(training.windows.train)} windows to train on, {len(training.windows.held_out)} "
             f"held out" + (f"; going on from step {training.step}" if training.step else ""),
+            markup=False,
             soft_wrap=True,
         )
         columns = (BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"), TimeRemainingColumn())
@@ -193,9 +194,8 @@ def run(arguments: argparse.Namespace) -> int:
         out.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         return 2
     except SystemExit:
-        out.print(
-            f"Interrupted: the same command with --resume goes on from {arguments.output / STATE}", soft_wrap=True
-        )
+        state = arguments.output / STATE
+        out.print(f"Interrupted: the same command with --resume goes on from {state}", markup=False, soft_wrap=True)
         raise
     table = Table(title="Held-out text")
     for name in ("head", "tokens ahead", "first guess is the model's"):
@@ -203,7 +203,7 @@ def run(arguments: argparse.Namespace) -> int:
     for k, share in enumerate(training.agreement(), start=1):
         table.add_row(str(k), str(k + 1), f"{share:.3f}")
     out.print(table)
-    out.print(f"vllm serve {plan.model} --plugin medusa:model={arguments.output}", soft_wrap=True, highlight=False)
+    out.print(f"vllm serve {plan.model} --plugin medusa:model={arguments.output}", markup=False, soft_wrap=True)
     return 0
 
 
