@@ -73,7 +73,7 @@ def test_text_is_plain_decodings(
 
 
 def drafter(llm: Any) -> Any:
-    return llm.llm_engine.model_executor.driver_worker.worker.model_runner.req_states.drafters[0]
+    return llm.llm_engine.model_executor.driver_worker.worker.model_runner.speculator.drafters[0]
 
 
 def test_the_draft_says_in_the_engine_what_it_says_alone(

@@ -101,6 +101,11 @@ class Drafter:
         after = get_layers_from_vllm_config(self.target_config, kind)
         self.layers = [name for name in after if name not in before]
 
+    def warm(self, count: int) -> None:
+        """A forward pass over `count` tokens that come to nothing: what is compiled is compiled then."""
+        zeros = torch.zeros(count, dtype=torch.int64)
+        self._run(zeros, zeros, None, None)
+
     def bind(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables) -> None:
         """Take the caches, the block table and the metadata builders of the draft's layers."""
         own = set(self.layers)
@@ -216,15 +221,15 @@ class Drafter:
         index = (place // self.block_size).clamp(max=table.shape[1] - 1)
         return table[request, index].long() * self.block_size + place % self.block_size
 
-    def _run(self, token: Tensor, position: Tensor, metadata: dict[str, Any], slot: Tensor) -> Tensor:
-        """[M, H] hidden states of one forward pass."""
+    def _run(self, token: Tensor, position: Tensor, metadata: dict[str, Any] | None, slot: Tensor | None) -> Tensor:
+        """[M, H] hidden states of one forward pass; without metadata there is no attention."""
         with set_forward_context(
             metadata,
             self.target_config,
             num_tokens=len(token),
             cudagraph_runtime_mode=CUDAGraphMode.NONE,
             batch_descriptor=BatchDescriptor(num_tokens=len(token)),
-            slot_mapping=dict.fromkeys(self.layers, slot),
+            slot_mapping=None if slot is None else dict.fromkeys(self.layers, slot),
         ):
             hidden = self.model(input_ids=token.int(), positions=position)
         return hidden[0] if isinstance(hidden, tuple) else hidden

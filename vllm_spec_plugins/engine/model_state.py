@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +22,12 @@ from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_spec_plugins.engine import attention, kv
-from vllm_spec_plugins.engine.drafter import Drafter
 from vllm_spec_plugins.engine.settings import settings_of
 from vllm_spec_plugins.engine.state import StepTrees, TreeState
 from vllm_spec_plugins.registry import method_of
+
+if TYPE_CHECKING:
+    from vllm_spec_plugins.engine.speculator import TreeSpeculator
 
 
 class TreeModelState(ModelState):
@@ -44,8 +46,8 @@ class TreeModelState(ModelState):
         from vllm_spec_plugins.engine.sampler import TreeVerifier, likeliest
 
         # The target is loaded, its caches are not made yet: the moment for the models beside it.
-        self.drafters: list[Drafter] = cast("Any", sampler.req_states).drafters
-        for drafter in self.drafters:
+        self.speculator: TreeSpeculator = cast("Any", sampler.req_states).speculator
+        for drafter in self.speculator.drafters:
             drafter.load()
         self.state = cast("Any", sampler.req_states).tree_state
         self.state.likeliest = partial(likeliest, sampler.sampling_states)
@@ -60,7 +62,7 @@ class TreeModelState(ModelState):
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables) -> None:
         super().initialize_kv_cache(kv_cache_config, block_tables)
         self._block_tables = block_tables
-        self._draft_layers = frozenset(name for drafter in self.drafters for name in drafter.layers)
+        self._draft_layers = frozenset(name for drafter in self.speculator.drafters for name in drafter.layers)
         layers = self.vllm_config.compilation_config.static_forward_context
         self._caches = []  # per K/V cache group, per layer
         for group in kv_cache_config.kv_cache_groups:
@@ -74,8 +76,10 @@ class TreeModelState(ModelState):
                 _check_layout(layer, group.kv_cache_spec.block_size)
             own = [name for name in group.layer_names if name not in self._draft_layers]
             self._caches.append([layers[name].kv_cache for name in own])
-        for drafter in self.drafters:
+        for drafter in self.speculator.drafters:
             drafter.bind(kv_cache_config, block_tables)
+        if self.speculator.drafters:
+            self.speculator.warm()
 
     def preprocess_state(
         self,

@@ -80,9 +80,9 @@ class TreeSpeculator(BaseSpeculator):
             reads_draws=self.proposer.reads_draws,
         )
         cast("Any", req_states).tree_state = self.state
-        cast("Any", req_states).drafters = self.drafters
-        if loops_for(self.state.tokens):
-            self._warm()
+        cast("Any", req_states).speculator = self
+        if not self.drafters:  # else when they are bound
+            self.warm()
 
     def _add_request(self, slot: int, prompt_len: int, computed: int) -> None:
         self.proposer.add_request(slot, prompt_len)
@@ -90,10 +90,12 @@ class TreeSpeculator(BaseSpeculator):
             drafter.add_request(slot, computed)
 
     @torch.inference_mode()
-    def _warm(self) -> None:
+    def warm(self) -> None:
         """Compile the loops of a step before the first request waits for them. What row 0 remembers of it is cleared when
-        a request moves in.
+        a request moves in; K/V goes to vLLM's null block.
         """
+        if not loops_for(self.state.tokens):
+            return
         slots, one = torch.zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.int64)
         verified = self._nothing_verified(slots, torch.zeros(1, 1, dtype=torch.int64))
         tokens, nothing = self.req_states.all_token_ids.gpu, torch.zeros(1, dtype=torch.int32)
@@ -101,8 +103,9 @@ class TreeSpeculator(BaseSpeculator):
         if self.proposer.reads_hidden:
             context.hidden = torch.zeros(1, self.hidden_size, dtype=self.dtype)
         context.likeliest = lambda logits, request, place, count: logits.topk(count, 1)[::-1]
-        if not self.drafters:  # they are not loaded yet
-            self.proposer.propose(context)
+        if self.drafters:
+            context.num_emitted = torch.ones(1, dtype=torch.int32)
+        self.proposer.propose(context)
         self.state.begin_step(slots, one.numpy())
         Walk()(verified.tree, verified.drawn)
         self.state.end_step()
@@ -137,6 +140,8 @@ class TreeSpeculator(BaseSpeculator):
         """[B, N] int64 draft tokens; absent nodes are -1, or token 0 where placeholders must be tokens."""
         slots = input_batch.idx_mapping
         if dummy_run:
+            for drafter in self.drafters:
+                drafter.warm(input_batch.num_tokens)
             return self.state.tokens.new_zeros(len(slots), self.proposer.num_nodes)
         if num_speculative_tokens == 0 and not self.proposer.remembers:
             self.state.end_step()

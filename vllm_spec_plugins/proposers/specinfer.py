@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -75,11 +76,16 @@ class SpecInferProposer:
     def propose(self, ctx: StepContext) -> TokenTree:
         """The best tree among what the draft finds likely."""
         assert self.draft is not None and ctx.likeliest is not None
-        batch, device = len(ctx.slots), ctx.slots.device
         budget = self.num_nodes if ctx.budget is None else min(ctx.budget, self.num_nodes)
-        least = 0.0 if self.fixed else least_chance(self.min_chance, batch)
+        least = 0.0 if self.fixed else least_chance(self.min_chance, len(ctx.slots))
+        grow = self._grow_looped if loops_for(ctx.slots) else self._grow
+        return grow(ctx, self.draft, ctx.likeliest, budget, least)
+
+    def _grow(self, ctx: StepContext, draft: DraftModel, likeliest: Likeliest, budget: int, least: float) -> TokenTree:
+        """In tensors, level by level."""
+        batch, device = len(ctx.slots), ctx.slots.device
         every = torch.arange(batch, device=device)
-        found = _children(ctx.likeliest, self.draft.begin(ctx), every, torch.zeros_like(every), self.children[0])
+        found = _children(likeliest, draft.begin(ctx), every, torch.zeros_like(every), self.children[0])
 
         # Candidates, all levels: [B, C]. Their parents are candidates (1-based; 0 = root).
         tokens, chances = found
@@ -90,8 +96,6 @@ class SpecInferProposer:
         for level in range(1, self.max_depth):
             best, index = chances[:, start:].topk(min(self.expanded[level], chances.shape[1] - start), 1)
             wanted = (best >= least) & (best > 0)
-            if loops_for(wanted) and not bool(wanted.any()):
-                break
             row = drafted.tokens.shape[1] + 1 + torch.arange(best.shape[1], device=device)
             token = tokens[:, start:].gather(1, index).masked_fill(~wanted, -1)
             drafted = TokenTree(
@@ -99,8 +103,8 @@ class SpecInferProposer:
                 torch.cat((drafted.parents, owner.gather(1, index).masked_fill(~wanted, 0)), 1),
             )
             request, column = wanted.nonzero(as_tuple=True)
-            logits = self.draft.extend(drafted, request, row[column])
-            found = _children(ctx.likeliest, logits, request, torch.full_like(request, level), self.children[level])
+            logits = draft.extend(drafted, request, row[column])
+            found = _children(likeliest, logits, request, torch.full_like(request, level), self.children[level])
             count = self.children[level]
             more = tokens.new_full((batch, best.shape[1], count), -1)
             more[request, column] = found[0]
@@ -111,6 +115,54 @@ class SpecInferProposer:
             tokens, parents = torch.cat((tokens, more.flatten(1)), 1), torch.cat((parents, parent), 1)
             chances = torch.cat((chances, path.flatten(1)), 1)
         return _best(tokens, parents, chances, self.num_nodes, budget, least, self.max_depth)
+
+    def _grow_looped(
+        self, ctx: StepContext, draft: DraftModel, likeliest: Likeliest, budget: int, least: float
+    ) -> TokenTree:
+        """The same in compiled loops, which run the draft for candidates that exist, and stop where there are none."""
+        from vllm_spec_plugins.proposers import loops
+
+        batch = len(ctx.slots)
+        most = sum(rows * width for rows, width in zip(self.expanded, self.children, strict=True))
+        tokens, links, owners = (np.zeros((batch, most), dtype=np.int64) for _ in range(3))
+        chances, count = np.zeros((batch, most), dtype=np.float32), np.zeros(batch, dtype=np.int64)
+        drafted = np.full((batch, max(self.num_nodes - 1, 1)), -1, dtype=np.int64)
+        parents, candidate = np.zeros_like(drafted), np.empty_like(drafted)
+        rows, start, worth = np.zeros(batch, dtype=np.int64), np.zeros(batch, dtype=np.int64), np.float32(least)
+
+        logits = draft.begin(ctx)
+        request, row = np.arange(batch), np.zeros(batch, dtype=np.int64)
+        for level, children in enumerate(self.children):
+            if level:
+                request, row = loops.expand(
+                    chances,
+                    owners,
+                    tokens,
+                    start,
+                    count,
+                    self.expanded[level],
+                    worth,
+                    drafted,
+                    parents,
+                    candidate,
+                    rows,
+                )
+                if not len(request):
+                    break
+                width = int(rows.max())
+                tree = TokenTree(
+                    torch.from_numpy(drafted[:, :width].copy()), torch.from_numpy(parents[:, :width].copy())
+                )
+                logits = draft.extend(tree, torch.from_numpy(request), torch.from_numpy(row))
+            considered = min(max(children, CONSIDERED), logits.shape[1])
+            place = torch.full((len(request),), level, dtype=torch.int64)
+            found, scores = likeliest(logits, torch.from_numpy(request), place, considered)
+            loops.adopt(
+                request, row, found.numpy(), scores.numpy(), children, candidate, chances, owners, tokens, links, count
+            )
+        best = loops.likeliest_nodes(tokens, links, chances, count, self.num_nodes, budget, worth)
+        token, parent, chance = map(torch.from_numpy, best)
+        return TokenTree(token, parent, min(self.max_depth, self.num_nodes), chance=chance)
 
 
 def _children(
