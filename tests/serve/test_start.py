@@ -49,7 +49,11 @@ REFUSED: dict[str, tuple[list[str], dict[str, str], list[str]]] = {
     "range": ([MODEL, "--plugin", "lookahead:guesses=99"], {}, ["guesses=99", "valid are 1 to 32"]),
     "json": ([MODEL, "--plugin", '{"name": "lookahead", '], {}, ["not valid JSON", '{"name": "lookahead"']),
     "twice": ([MODEL, "--plugin", "lookahead", "--plugin", "none"], {}, ["none", "nothing to mix", "lookahead, none"]),
-    "mixture": ([MODEL, "--plugin", "lookahead", "--plugin", "jacobi"], {}, ["jacobi", "its own tree", "serve it alone"]),
+    "mixture": (
+        [MODEL, "--plugin", "lookahead", "--plugin", "jacobi"],
+        {},
+        ["jacobi", "its own tree", "serve it alone"],
+    ),
     "conflict": (
         [MODEL, "--plugin", "lookahead", "--speculative-config", NGRAM],
         {},
