@@ -71,7 +71,7 @@ def test_the_engine_runs_both_proposers(engines: dict[str, Any]) -> None:
 def test_what_the_mixture_compiled_at_the_start_is_all_that_serving_needs(engines: dict[str, Any]) -> None:
     from vllm_spec_plugins.tree import loops
 
-    for loop in (loops.forest_odds, loops.union, loops.judge):
+    for loop in (loops.forest_odds, loops.union, loops.observe, loops.factors):
         assert len(loop.signatures) == 1, loop.signatures
 
 
