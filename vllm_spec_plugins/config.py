@@ -333,12 +333,13 @@ def parse_plugins(value: Given, known: Mapping[str, type[Settings]]) -> list[Set
     if isinstance(value, str) and value.lstrip().startswith("["):
         value = _read_json(value)
     elif isinstance(value, str) and not value.lstrip().startswith("{"):
-        value = value.split(" & ")
+        parts = value.split(" & ")
+        value = parts if len(parts) > 1 else value
     if isinstance(value, (str, Mapping)):
-        value = [value]
-    if not isinstance(value, Sequence) or not all(isinstance(item, (str, Mapping)) for item in value):
+        return [_parse_one(value, known)]
+    if not isinstance(value, Sequence):
         raise SettingError(f'{FLAG} {value}: is not a list of plugins; write ["lookahead", {{"name": "medusa", ...}}]')
-    return [_parse_one(item, known) for item in value]
+    return [settings for item in value for settings in parse_plugins(item, known)]
 
 
 def _parse_one(value: str | Mapping[str, Any], known: Mapping[str, type[Settings]]) -> Settings:

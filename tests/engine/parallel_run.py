@@ -21,7 +21,8 @@ def main() -> None:
     prompts = [json.loads(line)["prompt"] for line in lines]
     params = [SamplingParams(max_tokens=48, temperature=0.8 * (i % 2), seed=i) for i in range(len(prompts))]
     found = {}
-    for plugin in ("none", "lookahead"):
+    plugins = {"none": "none", "mixture": f"lookahead & medusa:model={MODELS / 'medusa'}"}
+    for name, plugin in plugins.items():
         llm = LLM(
             str(MODELS / "target"),
             **vllm_spec_plugins.engine_args(plugin),
@@ -33,9 +34,9 @@ def main() -> None:
             distributed_executor_backend="mp",
             disable_log_stats=False,
         )
-        found[plugin] = [list(out.outputs[0].token_ids) for out in llm.generate(prompts, params, use_tqdm=False)]
+        found[name] = [list(out.outputs[0].token_ids) for out in llm.generate(prompts, params, use_tqdm=False)]
         accepted = [m.value for m in llm.get_metrics() if m.name == "vllm:spec_decode_num_accepted_tokens"]
-        found[f"accepted by {plugin}"] = accepted
+        found[f"accepted by {name}"] = accepted
         llm.llm_engine.engine_core.shutdown()
     print("FOUND", json.dumps(found))
 

@@ -21,6 +21,6 @@ def test_output_on_two_ranks_is_plain_decodings_on_two_ranks() -> None:
     line = next((line for line in process.stdout.splitlines() if line.startswith("FOUND ")), None)
     assert line is not None, process.stdout[-2000:] + process.stderr[-2000:]
     found = json.loads(line.removeprefix("FOUND "))
-    assert found["lookahead"] == found["none"]
-    assert found["accepted by lookahead"][0] > 20
+    assert found["mixture"] == found["none"]
+    assert found["accepted by mixture"][0] > 20
     assert found["accepted by none"] == []

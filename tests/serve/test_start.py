@@ -48,7 +48,12 @@ REFUSED: dict[str, tuple[list[str], dict[str, str], list[str]]] = {
     "type": ([MODEL, "--plugin", "lookahead:window=wide"], {}, ["window=wide", "whole number"]),
     "range": ([MODEL, "--plugin", "lookahead:guesses=99"], {}, ["guesses=99", "valid are 1 to 32"]),
     "json": ([MODEL, "--plugin", '{"name": "lookahead", '], {}, ["not valid JSON", '{"name": "lookahead"']),
-    "twice": ([MODEL, "--plugin", "lookahead", "--plugin", "none"], {}, ["2 times", "lookahead, none"]),
+    "twice": ([MODEL, "--plugin", "lookahead", "--plugin", "none"], {}, ["none", "nothing to mix", "lookahead, none"]),
+    "mixture": (
+        [MODEL, "--plugin", "lookahead", "--plugin", "jacobi"],
+        {},
+        ["jacobi", "its own tree", "serve it alone"],
+    ),
     "conflict": (
         [MODEL, "--plugin", "lookahead", "--speculative-config", NGRAM],
         {},

@@ -178,6 +178,7 @@ def test_engine_args_carry_validated_settings_beside_what_else_the_config_holds(
     "value",
     [
         ["lookahead:guesses=3", "medusa:model=heads", "mix:nodes=24"],
+        ["lookahead:guesses=3 & medusa:model=heads", "mix:nodes=24"],
         ["mix:nodes=24", {"name": "lookahead", "guesses": 3}, "medusa:model=heads"],
         "lookahead:guesses=3 & medusa:model=heads & mix:nodes=24",
         '["lookahead:guesses=3", {"name": "medusa", "model": "heads"}, {"name": "mix", "nodes": 24}]',

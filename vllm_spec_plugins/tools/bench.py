@@ -32,7 +32,17 @@ from vllm_spec_plugins.registry import resolve
 from vllm_spec_plugins.tools import acceptance, identity, report
 from vllm_spec_plugins.tools.load import GREEDY, PROMPTS, SAMPLED, TARGET, load_prompts
 from vllm_spec_plugins.tools.server import Server, ServerError, running, stop_on_sigterm
-from vllm_spec_plugins.tools.speed import NONE, Configuration, measure, plain, plugin, serve, vllm_ngram
+from vllm_spec_plugins.tools.speed import (
+    NONE,
+    Configuration,
+    measure,
+    plain,
+    plugin,
+    serve,
+    vllm_draft,
+    vllm_medusa,
+    vllm_ngram,
+)
 
 # fp32: in bf16 plain vLLM itself gives other tokens at another batch size.
 ARGUMENTS = ("--dtype", "float32", "--kv-cache-memory-bytes", str(1 << 28))
@@ -43,6 +53,10 @@ def speed(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple[di
     configurations = [*plain(), *map(plugin, arguments.plugin)]
     if not arguments.no_ngram:
         configurations.append(vllm_ngram(arguments.ngram_drafts, arguments.ngram_longest))
+    if arguments.vllm_medusa:
+        configurations.append(vllm_medusa(arguments.vllm_medusa, arguments.vllm_drafts))
+    if arguments.vllm_draft:
+        configurations.append(vllm_draft(arguments.vllm_draft, arguments.vllm_drafts))
     prompts = load_prompts(arguments.prompts_file, arguments.prompts)
     servers = _servers(configurations, arguments, ARGUMENTS, say)
     with running(servers):
@@ -197,7 +211,10 @@ DEFAULTS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", nargs="?", choices=MEASUREMENTS, default="speed", help="what to measure (%(default)s)")
     parser.add_argument(
-        "--plugin", metavar="SPEC", action="append", help="a plugin to measure; may be given several times (lookahead)"
+        "--plugin",
+        metavar="SPEC",
+        action="append",
+        help='a plugin to measure; may be given several times (lookahead); "A & B": both on one server',
     )
     parser.add_argument("--model", type=Path, default=TARGET, help="checkpoint (the tiny one of the checkout)")
     parser.add_argument("--prompts-file", type=Path, default=PROMPTS, help='JSON lines with a "prompt" each')
@@ -228,6 +245,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-ngram", action="store_true", help="speed: leave out vLLM's own ngram method")
     parser.add_argument("--ngram-drafts", type=int, default=4, metavar="N", help="its drafts per step (%(default)s)")
     parser.add_argument("--ngram-longest", type=int, default=4, metavar="N", help="its longest match (%(default)s)")
+    parser.add_argument("--vllm-medusa", metavar="HEADS", help="speed: measure vLLM's own chain of these Medusa heads")
+    parser.add_argument("--vllm-draft", metavar="MODEL", help="speed: measure vLLM's own chain of this draft model")
+    parser.add_argument("--vllm-drafts", type=int, default=4, metavar="N", help="their drafts per step (%(default)s)")
     parser.add_argument(
         "--threads",
         type=int,

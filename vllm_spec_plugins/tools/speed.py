@@ -41,14 +41,28 @@ def plain() -> list[Configuration]:
 
 
 def plugin(spec: str) -> Configuration:
+    """A plugin, or several with `` & `` between them that share one server."""
     return Configuration(f"--plugin {spec}", ("--plugin", spec))
 
 
 def vllm_ngram(drafts: int = 4, longest: int = 4) -> Configuration:
     """vLLM's own prompt lookup, `drafts` tokens after a match of up to `longest`."""
-    config = {"method": "ngram", "num_speculative_tokens": drafts, "prompt_lookup_max": longest}
-    # On a CPU its sampled text is wrong: the uniform numbers and temperatures of its rejection sampler stay unset.
-    return Configuration("vLLM's ngram", ("--speculative-config", json.dumps(config)), sampled=False)
+    return _vllm("ngram", {"method": "ngram", "num_speculative_tokens": drafts, "prompt_lookup_max": longest})
+
+
+def vllm_medusa(heads: str, drafts: int = 4) -> Configuration:
+    """vLLM's own chain of the best token of each of the first `drafts` heads."""
+    return _vllm("medusa", {"method": "medusa", "model": heads, "num_speculative_tokens": drafts})
+
+
+def vllm_draft(model: str, drafts: int = 4) -> Configuration:
+    """vLLM's own chain of `drafts` tokens from a draft model."""
+    return _vllm("draft_model", {"method": "draft_model", "model": model, "num_speculative_tokens": drafts})
+
+
+def _vllm(name: str, config: dict[str, object]) -> Configuration:
+    # On a CPU the sampled text is wrong: the uniform numbers and temperatures of its rejection sampler stay unset.
+    return Configuration(f"vLLM's {name}", ("--speculative-config", json.dumps(config)), sampled=False)
 
 
 def serve(

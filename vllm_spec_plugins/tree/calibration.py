@@ -60,6 +60,14 @@ class Calibration:
 
     def observe(self, step: Emission) -> None:
         """Judge what was offered by what was emitted, and forget it: also what steps that were not observed went past."""
+        if loops_for(self.tokens):
+            from vllm_spec_plugins.tree import union_loops
+
+            given = step.slots.numpy(), step.token_ids.numpy(), step.lengths.numpy(), step.num_emitted.numpy()
+            offered = self.tokens.numpy(), self.parents.numpy(), self.odds.numpy(), self.source.numpy()
+            figures = self.offered_at.numpy(), self.counts.numpy()
+            union_loops.observe(*given, *offered, *figures, self.max_depth, self.MEMORY)
+            return
         slots, emitted = step.slots, step.num_emitted.long()
         known = step.lengths - emitted
         count = (emitted * (self.offered_at[slots] == known)).clamp(max=self.max_depth)
@@ -73,11 +81,6 @@ class Calibration:
 
     def _judge(self, tokens: Tensor, parents: Tensor, odds: Tensor, text: Tensor, count: Tensor) -> Tensor:
         """[B, S, 3], what a step adds to `counts`: the first `count` [B] tokens of `text` [B, D] were emitted."""
-        if loops_for(tokens):
-            from vllm_spec_plugins.tree import union_loops
-
-            offered = tokens.numpy(), parents.numpy(), odds.numpy(), self.source.numpy()
-            return torch.from_numpy(union_loops.judge(*offered, text.numpy(), count.numpy(), self.sources))
         forest = TokenTree(tokens, parents, self.max_depth)
         depth = forest.depth[:, 1:]
         reached = (tokens >= 0) & (depth <= count.unsqueeze(1))
@@ -96,9 +99,12 @@ class Calibration:
 
     def factors(self, slots: Tensor) -> Tensor:
         """[B, S] float64: what to multiply each source's odds with."""
+        if loops_for(self.counts):
+            from vllm_spec_plugins.tree import union_loops
+
+            return torch.from_numpy(union_loops.factors(slots.numpy(), self.counts.numpy(), self.PRIOR, self.EXTREME))
         places, promised, right = self.counts[-1].unbind(1)
-        promise = promised / places.clamp(min=1e-9)
-        promise = promise.where(places > 0, 0.5)
+        promise = (promised / places.clamp(min=1e-9)).where(places > 0, 0.5)
         overall = self._factor(promise, (right + self.PRIOR * promise) / (places + self.PRIOR))
         places, promised, right = self.counts[slots].unbind(2)
         promise = (promised / places.clamp(min=1e-9)).where(places > 0, promise)

@@ -80,28 +80,75 @@ def union(tokens: Any, parents: Any, odds: Any, source: Any, weights: Any, nodes
 
 
 @compiled
-def judge(tokens: Any, parents: Any, odds: Any, source: Any, text: Any, count: Any, sources: Any) -> Any:
-    """[B, sources, 3] float64 of `Calibration`: places, their promises, hits. A forest [B, M]; text [B, D], count [B]."""
-    batch, nodes = tokens.shape
-    found = np.zeros((batch, sources, 3))
+def observe(
+    slots: Any,
+    token_ids: Any,
+    lengths: Any,
+    emitted: Any,
+    tokens: Any,
+    parents: Any,
+    odds: Any,
+    source: Any,
+    offered_at: Any,
+    counts: Any,
+    max_depth: Any,
+    memory: Any,
+) -> None:
+    """`Calibration.observe`, in place: forests [R, M] offered at [R], counts [R + 1, S, 3] float64; slots, lengths and
+    emitted [B], token_ids [R, max_len].
+    """
+    nodes, sources = tokens.shape[1], counts.shape[1]
     right, depth = np.empty(nodes + 1, dtype=np.bool_), np.zeros(nodes + 1, dtype=np.int64)
-    total, hit = np.empty((sources, text.shape[1])), np.empty((sources, text.shape[1]), dtype=np.bool_)
+    total, hit = np.empty((sources, max_depth)), np.empty((sources, max_depth), dtype=np.bool_)
+    new, together = np.empty((sources, 3)), np.zeros((sources, 3))
     right[0] = True
-    for b in range(batch):
-        total[:], hit[:] = -1.0, False
-        for node in range(nodes):
-            at = depth[parents[b, node]]
+    for b in range(len(slots)):
+        slot, known = slots[b], lengths[b] - emitted[b]
+        count = min(emitted[b], max_depth, token_ids.shape[1] - known) if offered_at[slot] == known else 0
+        offered_at[slot] = -1
+        total[:], hit[:], new[:] = -1.0, False, 0.0
+        for node in range(nodes if count else 0):
+            at = depth[parents[slot, node]]
             depth[node + 1] = at + 1
             right[node + 1] = False
-            if tokens[b, node] < 0 or at >= count[b] or not right[parents[b, node]]:
+            if tokens[slot, node] < 0 or at >= count or not right[parents[slot, node]]:
                 continue
-            right[node + 1] = tokens[b, node] == text[b, at]
-            total[source[node], at] = max(total[source[node], at], 0.0) + odds[b, node]
+            right[node + 1] = tokens[slot, node] == token_ids[slot, known + at]
+            total[source[node], at] = max(total[source[node], at], 0.0) + odds[slot, node]
             hit[source[node], at] |= right[node + 1]
         for each in range(sources):
-            for at in range(count[b]):
+            for at in range(count):
                 if total[each, at] >= 0.0:
-                    found[b, each, 0] += 1.0
-                    found[b, each, 1] += total[each, at] / (1.0 + total[each, at])
-                    found[b, each, 2] += hit[each, at]
+                    new[each, 0] += 1.0
+                    new[each, 1] += total[each, at] / (1.0 + total[each, at])
+                    new[each, 2] += hit[each, at]
+            kept = memory if new[each, 0] > 0.0 else 1.0
+            for figure in range(3):
+                counts[slot, each, figure] = counts[slot, each, figure] * kept + new[each, figure]
+                together[each, figure] += new[each, figure]
+    for each in range(sources):
+        kept = memory if together[each, 0] > 0.0 else 1.0
+        for figure in range(3):
+            counts[-1, each, figure] = counts[-1, each, figure] * kept + together[each, figure]
+
+
+@compiled
+def factors(slots: Any, counts: Any, prior: Any, extreme: Any) -> Any:
+    """[B, S] float64: `Calibration.factors`."""
+    found = np.empty((len(slots), counts.shape[1]))
+    for each in range(counts.shape[1]):
+        places, promised, right = counts[-1, each]
+        general = promised / places if places > 0.0 else 0.5
+        overall = _factor(general, (right + prior * general) / (places + prior), extreme)
+        for b in range(len(slots)):
+            places, promised, right = counts[slots[b], each]
+            promise = promised / places if places > 0.0 else general
+            expected = promise * overall / (1.0 - promise + promise * overall)
+            found[b, each] = _factor(promise, (right + prior * expected) / (places + prior), extreme)
     return found
+
+
+@compiled
+def _factor(promise: Any, share: Any, extreme: Any) -> float:
+    promise, share = min(max(promise, extreme), 1.0 - extreme), min(max(share, extreme), 1.0 - extreme)
+    return share * (1.0 - promise) / (promise * (1.0 - share))

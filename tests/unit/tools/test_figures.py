@@ -92,6 +92,40 @@ def test_sampled_output_is_compared_with_the_same_runners_only(monkeypatch: pyte
     assert plugin[SAMPLED.name].lossless
 
 
+def test_vllms_own_methods_have_no_sampled_rows_and_speculate_as_asked() -> None:
+    asked = {
+        "vLLM's ngram": speed.vllm_ngram(3, 5),
+        "vLLM's medusa": speed.vllm_medusa("heads", 3),
+        "vLLM's draft_model": speed.vllm_draft("small", 2),
+    }
+    assert [(c.name, c.sampled, c.plain, c.arguments[0]) for c in asked.values()] == [
+        (name, False, False, "--speculative-config") for name in asked
+    ]
+    configs = [json.loads(c.arguments[1]) for c in asked.values()]
+    assert configs == [
+        {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 5},
+        {"method": "medusa", "model": "heads", "num_speculative_tokens": 3},
+        {"method": "draft_model", "model": "small", "num_speculative_tokens": 2},
+    ]
+
+
+def test_the_bench_starts_vllms_own_methods_when_it_is_told_their_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[str] = []
+
+    def servers(configurations: Sequence[speed.Configuration], *_: Any) -> Any:
+        started.extend(c.name for c in configurations)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(bench, "_servers", servers)
+    both = "lookahead & medusa:model=heads"
+    argv = ["--plugin", both, "--vllm-medusa", "heads", "--vllm-draft", "small", "--no-ngram"]
+    assert bench.main(argv) == 2
+    assert started == [speed.PLAIN, speed.NONE, f"--plugin {both}", "vLLM's medusa", "vLLM's draft_model"]
+    started.clear()
+    assert bench.main([]) == 2
+    assert started == [speed.PLAIN, speed.NONE, "--plugin lookahead", "vLLM's ngram"]
+
+
 def test_vllms_ngram_has_no_sampled_row(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, _ = run(monkeypatch, *(FakeServer(name, 1) for name in ("v1", "none", "plugin", "ngram")))
     assert [row.sampling for row in rows if row.configuration == "vLLM's ngram"] == ["greedy"]
