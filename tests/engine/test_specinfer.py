@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import vllm_spec_plugins
 from tests.engine.conftest import MODELS
@@ -140,6 +141,40 @@ def test_kept_nodes_are_not_read_again(
     # The rest: every root, and nodes of the last level, which the draft proposes and does not read.
     assert sum(counts[1:]) < len(found[0]) * 0.8
     assert speed > 1.5
+
+
+@pytest.fixture(scope="module")
+def shallow(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A second draft model: the target's first two layers, its norm and its LM head, which were trained to exit there."""
+    folder = tmp_path_factory.mktemp("models") / "shallow"
+    shutil.copytree(MODELS / "target", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
+    tensors = load_file(folder / "model.safetensors")
+    kept = {
+        name: t for name, t in tensors.items() if not name.startswith(tuple(f"model.layers.{i}." for i in range(2, 8)))
+    }
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    return str(folder)
+
+
+@pytest.mark.parametrize("settings", [{}, {"widths": "2-1-1"}])
+def test_two_draft_models_make_one_tree_and_plain_decodings_text(
+    settings: dict[str, Any], engine: Callable[..., Any], plain: Any, prompts: list[list[int]], shallow: str
+) -> None:
+    given = {"model": f"{DRAFT}+{shallow}", "adapt": False, **settings}
+    llm = engine(vllm_spec_plugins.engine_args("specinfer", **given))
+    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    assert [len(each.layers) for each in runner.speculator.drafters] == [2, 2]
+    assert runner.speculator.proposer.num_nodes == (2 * (2 + 2 + 2) if settings else 16)
+    sampling = [SAMPLINGS["mixed"](i) for i in range(12)]
+    expected, _ = generate(plain, prompts[:12], sampling)
+    assert generate(llm, prompts[:12], sampling)[0] == expected
+    found, speed = generate(llm, prompts[:1], sampling[:1])
+    assert found == expected[:1]
+    assert speed > 1.5
+    _, _, right = runner.speculator.proposer.calibration.counts[-1].unbind(1)
+    assert (right > 0).all(), "one of the drafts was never right"
 
 
 @pytest.mark.parametrize("settings", [{"widths": "1-1-1-1"}, {"widths": "3-2"}, {"nodes": 24, "depth": 6}])

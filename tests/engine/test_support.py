@@ -112,3 +112,16 @@ def test_other_flags_and_the_environment_may_not_contradict_the_plugin(monkeypat
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
     with pytest.raises(SettingError, match="VLLM_USE_V2_MODEL_RUNNER=0 asks for another runner; unset it"):
         check_arguments(SimpleNamespace(speculative_config=None), settings)
+
+
+def test_a_process_without_a_plugin_loads_neither_numba_nor_the_engines_parts() -> None:
+    """vLLM's `register_kernels` dies in a process that has numba; and what is not asked for costs no time."""
+    script = """
+import sys
+from vllm_spec_plugins.plugin import register
+register()
+from vllm.engine.arg_utils import EngineArgs
+print("numba" in sys.modules, [m for m in ("speculator", "drafter", "sampler") if f"vllm_spec_plugins.engine.{m}" in sys.modules])
+"""
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert found.stdout.splitlines()[-1] == "False []"

@@ -30,7 +30,6 @@ from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_spec_plugins.engine import attention, kv
 from vllm_spec_plugins.proposers.base import StepContext
-from vllm_spec_plugins.tree import loops
 from vllm_spec_plugins.tree.tree import TokenTree
 
 # What vLLM's kernels take for "do not write".
@@ -174,6 +173,8 @@ class Drafter:
 
     def _keep(self, slots: np.ndarray, ends: np.ndarray) -> None:
         """Move the K/V of the nodes that have come true; the new roots are read anew, for their logits."""
+        from vllm_spec_plugins.tree import loops
+
         known = self.req_states.all_token_ids.gpu.numpy()
         request, source, target, seen = loops.follow(
             self.tokens, self.parents, slots, self.grown_at, self.seen, ends, known, self.max_len

@@ -14,7 +14,6 @@ from vllm.tokenizers import get_tokenizer
 
 from vllm_spec_plugins.config import FLAG, SettingError, Settings
 from vllm_spec_plugins.engine import weights
-from vllm_spec_plugins.engine.drafter import model_config
 from vllm_spec_plugins.registry import Draft, Target, method_of
 
 # Releases whose seams the hooks were written against and tested with.
@@ -64,6 +63,8 @@ def _draft(target: ModelConfig, model: str) -> Draft:
     """What draft model `model` is. Raises ValueError with what is wrong with it."""
     if not Path(model).is_dir() and (model.startswith((".", "/", "~")) or model.count("/") != 1):
         raise ValueError(f"{model} is neither a folder nor a hub id")
+    from vllm_spec_plugins.engine.drafter import model_config
+
     try:
         config = model_config(target, model)
         own, theirs = (get_tokenizer(each).get_vocab() for each in (model, target.tokenizer))
