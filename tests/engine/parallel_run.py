@@ -14,12 +14,19 @@ MODELS = Path(__file__).parents[1] / "models"
 def main() -> None:
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
     from vllm import LLM, SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
 
     import vllm_spec_plugins
 
     lines = (MODELS / "heldout_prompts.jsonl").read_text().splitlines()[:8]
     prompts = [json.loads(line)["prompt"] for line in lines]
-    params = [SamplingParams(max_tokens=48, temperature=0.8 * (i % 2), seed=i) for i in range(len(prompts))]
+    numbers = StructuredOutputsParams(regex=r"(\[[0-9]{1,3}, [0-9]{1,3}\]\n){4,12}")
+    params = [
+        SamplingParams(
+            max_tokens=48, temperature=0.8 * (i % 2), seed=i, structured_outputs=numbers if i % 4 > 1 else None
+        )
+        for i in range(len(prompts))
+    ]
     found = {}
     plugins = {"none": "none", "mixture": f"lookahead & medusa:model={MODELS / 'medusa'}"}
     for name, plugin in plugins.items():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lookahead on an engine beside plain decoding: grammars, several answers, metrics."""
+"""Lookahead and Medusa on engines beside plain decoding: grammars, turns, several answers, streams, metrics."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 
 import vllm_spec_plugins
 from tests.engine import compare
+from tests.engine.conftest import MODELS
 from vllm_spec_plugins import registry
 
 SCHEMA = {
@@ -32,7 +33,19 @@ def plain(engine: Callable[..., Any]) -> Any:
 
 @pytest.fixture(scope="module")
 def lookahead(engine: Callable[..., Any], plain: Any) -> Any:
-    return engine(vllm_spec_plugins.engine_args("lookahead"))
+    return engine(vllm_spec_plugins.engine_args("lookahead", adapt=False), block_size=32)
+
+
+@pytest.fixture(scope="module")
+def medusa(engine: Callable[..., Any], plain: Any) -> Any:
+    plugin = vllm_spec_plugins.engine_args("medusa", model=str(MODELS / "medusa"), min_chance=0.0, adapt=False)
+    return engine(plugin, block_size=32)
+
+
+@pytest.fixture(params=["lookahead", "medusa"])
+def speculating(request: pytest.FixtureRequest) -> Any:
+    """Each in turn; every draft is verified, whatever it costs here."""
+    return request.getfixturevalue(request.param)
 
 
 def tokens(llm: Any, prompts: list[list[int]], params: Any) -> list[list[int]]:
@@ -66,12 +79,86 @@ def test_grammar_constrained_requests_among_others_equal_plain_decodings(
 
 
 def test_several_seeded_answers_per_prompt_equal_plain_decodings(
-    plain: Any, lookahead: Any, prompts: list[list[int]]
+    plain: Any, speculating: Any, prompts: list[list[int]]
 ) -> None:
     from vllm import SamplingParams
 
     params = SamplingParams(n=3, max_tokens=32, temperature=0.8, top_p=0.9, seed=11)
-    assert tokens(lookahead, prompts[:4], params) == tokens(plain, prompts[:4], params)
+    assert tokens(speculating, prompts[:4], params) == tokens(plain, prompts[:4], params)
+
+
+def test_a_second_turn_over_generated_text_equals_plain_decodings_warm_and_cold(
+    plain: Any, speculating: Any, prompts: list[list[int]]
+) -> None:
+    from vllm import SamplingParams
+
+    params = SamplingParams(max_tokens=72, temperature=0.0, ignore_eos=True)
+    texts = [prompt + text for prompt, text in zip(prompts, tokens(plain, prompts[:4], params), strict=False)]
+    turns = [text + prompts[5][:9] for text in texts]
+    expected = tokens(plain, turns, params)
+    speculating.reset_prefix_cache()
+    assert tokens(speculating, prompts[:4], params) == [text[-72:] for text in texts]
+    requests = [{"prompt_token_ids": turn} for turn in turns]
+    warm = speculating.generate(requests, params, use_tqdm=False)
+    assert [list(result.outputs[0].token_ids) for result in warm] == expected
+    for result, prompt in zip(warm, prompts, strict=False):
+        assert result.num_cached_tokens > len(prompt), "no block of generated text came from the cache"
+    speculating.reset_prefix_cache()
+    assert tokens(speculating, turns, params) == expected
+
+
+def test_stop_strings_end_the_text_where_they_end_plain_decodings(
+    plain: Any, speculating: Any, prompts: list[list[int]]
+) -> None:
+    from vllm import SamplingParams
+
+    params = [
+        SamplingParams(
+            max_tokens=48,
+            temperature=i % 2 * 0.8,
+            seed=i,
+            stop=["(self", "return", ", "],
+            include_stop_str_in_output=i % 4 < 2,
+        )
+        for i in range(8)
+    ]
+    requests = [{"prompt_token_ids": prompt} for prompt in prompts[:8]]
+    theirs, ours = (
+        [
+            (list(output.token_ids), output.text, output.finish_reason, output.stop_reason)
+            for result in llm.generate(requests, params, use_tqdm=False)
+            for output in result.outputs
+        ]
+        for llm in (plain, speculating)
+    )
+    assert ours == theirs
+    assert sum(reason == "stop" for _, _, reason, _ in theirs) >= 4
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_stream_carries_plain_decodings_text_several_tokens_at_a_time(
+    plain: Any, speculating: Any, prompts: list[list[int]], temperature: float
+) -> None:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    whole = [SamplingParams(max_tokens=64, temperature=temperature, seed=i) for i in range(4)]
+    results = plain.generate([{"prompt_token_ids": p} for p in prompts[:4]], whole, use_tqdm=False)
+    expected = {f"stream-{i}": (list(r.outputs[0].token_ids), r.outputs[0].text) for i, r in enumerate(results)}
+    streaming = speculating.llm_engine
+    for i, params in enumerate(whole):
+        params = params.clone()
+        params.output_kind = RequestOutputKind.DELTA
+        streaming.add_request(f"stream-{i}", {"prompt_token_ids": prompts[i]}, params)
+    found: dict[str, tuple[list[int], str]] = {name: ([], "") for name in expected}
+    largest = 0
+    while streaming.has_unfinished_requests():
+        for piece in streaming.step():
+            ids, text = found[piece.request_id]
+            found[piece.request_id] = ids + list(piece.outputs[0].token_ids), text + piece.outputs[0].text
+            largest = max(largest, len(piece.outputs[0].token_ids))
+    assert found == expected
+    assert largest > 1
 
 
 def test_prompt_logprobs_equal_plain_decodings(plain: Any, lookahead: Any, prompts: list[list[int]]) -> None:
@@ -136,7 +223,10 @@ def test_the_workers_are_asked_once_per_step(
         original = executor.collective_rpc
 
         def collective_rpc(method: str, *args: Any, **kwargs: Any) -> Any:
-            calls[method] = calls.get(method, 0) + 1
+            if (
+                method != "execute_model" or kwargs["args"][0].total_num_scheduled_tokens
+            ):  # not one that waits for a grammar
+                calls[method] = calls.get(method, 0) + 1
             return original(method, *args, **kwargs)
 
         with monkeypatch.context() as patch:

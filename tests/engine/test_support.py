@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -121,7 +123,8 @@ import sys
 from vllm_spec_plugins.plugin import register
 register()
 from vllm.engine.arg_utils import EngineArgs
-print("numba" in sys.modules, [m for m in ("speculator", "drafter", "sampler") if f"vllm_spec_plugins.engine.{m}" in sys.modules])
+parts = ("speculator", "drafter", "sampler")
+print("numba" in sys.modules, [part for part in parts if f"vllm_spec_plugins.engine.{part}" in sys.modules])
 """
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert found.stdout.splitlines()[-1] == "False []"

@@ -186,6 +186,8 @@ def _update_from_output(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _execute_model(original: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     def execute_model(self: Any, scheduler_output: Any) -> Any:
+        if is_tree_method(self.vllm_config.speculative_config):
+            self.model_runner.lora_state._spec_drafts = scheduler_output.scheduled_spec_decode_tokens
         output = original(self, scheduler_output)
         if output is None:
             from vllm_spec_plugins.engine.exchange import samples_at_once
@@ -195,6 +197,17 @@ def _execute_model(original: Callable[[Any, Any], Any]) -> Callable[[Any, Any], 
         return output
 
     return execute_model
+
+
+def _make_lora_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
+    def make_lora_inputs(self: Any, req_ids: Any, idx_mapping: Any, num_scheduled_tokens: Any) -> Any:
+        by_request, by_token, active = original(self, req_ids, idx_mapping, num_scheduled_tokens)
+        drafts = getattr(self, "_spec_drafts", {})  # of an engine with a plugin
+        rows = [1 + len(drafts.get(request, ())) for request in req_ids]
+        by_row = tuple(adapter for adapter, count in zip(by_request, rows, strict=True) for _ in range(count))
+        return by_row, by_token, active
+
+    return make_lora_inputs
 
 
 def _sample_tokens(original: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
@@ -386,6 +399,13 @@ ENGINE_HOOKS: tuple[Hook, ...] = (
         signature="(self, scheduler_output)",
         upstream="goes when vLLM asks once for steps without a grammar",
         replacement=_execute_model,
+    ),
+    Hook(
+        target="vllm.v1.worker.gpu.lora_utils:LoraState.make_lora_inputs",
+        why="names an adapter per request for the rows whose logits are computed: with drafts there are more of these",
+        signature="(self, req_ids, idx_mapping, num_scheduled_tokens)",
+        upstream="goes when it counts the drafts, as the first runner does",
+        replacement=_make_lora_inputs,
     ),
     Hook(
         target="vllm.v1.worker.gpu_worker:Worker.sample_tokens",
