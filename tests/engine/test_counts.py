@@ -88,3 +88,16 @@ def test_accepted_tokens_that_were_not_drawn_are_told_by_the_row_before_them() -
     # All three with the second not drawn; 6 and 7 below it with 7 not drawn; nothing.
     kept = accept_down_to(tree, torch.tensor([3, 3, 0]), drawn)
     assert int(undrawn(kept, drawn)) == 2
+
+
+def test_figures_belong_to_the_engine_that_they_were_made_for(engine: Callable[..., Any]) -> None:
+    """A younger engine in the process counts other things; the older one's log line stays its own."""
+    from vllm.v1.spec_decode.metrics import SpecDecodingLogging, SpecDecodingStats
+
+    engine(vllm_spec_plugins.engine_args("jacobi", block=4))
+    older = SpecDecodingLogging()
+    engine(vllm_spec_plugins.engine_args("lookahead"))
+    stats = SpecDecodingStats.new(4)
+    stats.num_draft_tokens_per_pos += [6, 2]
+    older.observe(stats)
+    assert older._spec_counts.line() == "jacobi_iterations: 6 (3.00 per jacobi_blocks), jacobi_blocks: 2"

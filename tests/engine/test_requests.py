@@ -177,14 +177,15 @@ def test_prompt_logprobs_equal_plain_decodings(plain: Any, lookahead: Any, promp
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_logprobs_of_accepted_tokens_equal_plain_decodings(
-    temperature: float, plain: Any, lookahead: Any, prompts: list[list[int]]
+    temperature: float, engine: Callable[..., Any], plain: Any, prompts: list[list[int]]
 ) -> None:
+    llm = engine(vllm_spec_plugins.engine_args("lookahead", guesses=4, min_chance=0.0, adapt=False))
     sampling = [{"temperature": temperature, "seed": i, "logprobs": 5} for i in range(6)]
     limits = {"max_tokens": 48, "ignore_eos": True}
     expected = compare.generate(plain, prompts[:6], sampling, **limits)
-    scheduler = lookahead.llm_engine.engine_core.engine_core.scheduler
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     before = scheduler.current_step
-    for found, other in zip(compare.generate(lookahead, prompts[:6], sampling, **limits), expected, strict=True):
+    for found, other in zip(compare.generate(llm, prompts[:6], sampling, **limits), expected, strict=True):
         compare.assert_same_logprobs(found, other)
     if temperature == 0.0:
         assert scheduler.current_step - before < 48  # drafts were accepted

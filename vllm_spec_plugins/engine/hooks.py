@@ -240,21 +240,27 @@ def _observe(original: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]
     def observe(self: Any, spec_decoding_stats: Any) -> None:
         original(self, spec_decoding_stats)
         if (depth := activation.max_depth()) is not None:
-            from vllm_spec_plugins.engine.metrics import CountsLog, by_depth
+            from vllm_spec_plugins.engine.metrics import by_depth
 
             self.accepted_tokens_per_pos_lists[-1] = by_depth(spec_decoding_stats, depth)
-            if not hasattr(self, "_spec_counts"):
-                self._spec_counts = CountsLog(activation.counts())
-            self._spec_counts.observe(spec_decoding_stats)
+        if (log := getattr(self, "_spec_counts", None)) is not None:
+            log.observe(spec_decoding_stats)
 
     return observe
 
 
 def _reset(original: Callable[[Any], None]) -> Callable[[Any], None]:
     def reset(self: Any) -> None:
+        first = not hasattr(
+            self, "num_drafts"
+        )  # vLLM's __init__ calls it: the engine that is being made is the active one
         original(self)
-        if hasattr(self, "_spec_counts"):
-            self._spec_counts.log()
+        if first:
+            from vllm_spec_plugins.engine.metrics import CountsLog
+
+            self._spec_counts = CountsLog(activation.counts())
+        elif (log := getattr(self, "_spec_counts", None)) is not None:
+            log.log()
 
     return reset
 
@@ -276,10 +282,11 @@ def _prometheus(original: Callable[..., None]) -> Callable[..., None]:
 def _prometheus_observe(original: Callable[..., None]) -> Callable[..., None]:
     def observe(self: Any, spec_decoding_stats: Any, engine_idx: int = 0) -> None:
         original(self, spec_decoding_stats, engine_idx)
-        from vllm_spec_plugins.engine.metrics import counted
+        if found := getattr(self, "_spec_counters", None):
+            from vllm_spec_plugins.engine.metrics import counted
 
-        for counter, value in zip(self._spec_counters, counted(spec_decoding_stats), strict=False):
-            counter[engine_idx].inc(value)
+            for counter, value in zip(found, counted(spec_decoding_stats) or [0] * len(found), strict=True):
+                counter[engine_idx].inc(value)
 
     return observe
 
