@@ -180,7 +180,7 @@ class MedusaSettings(SpeculationSettings):
     depth: int = setting(4, "heads in use, at most as many as the checkpoint has", least=1, most=16)
     ranks: int = setting(8, "candidates per head", least=1, most=64)
     min_chance: float = setting(
-        0.12, "a node is verified only if it is this likely to be accepted", least=0.0, most=1.0
+        0.03, "a node is verified only if it is this likely to be accepted", least=0.0, most=1.0
     )
     choices: str = setting("", "a fixed tree in place of the grown one: a preset, or paths of ranks as 0/0.0/1")
 
@@ -241,11 +241,11 @@ class SpecInferSettings(SpeculationSettings):
 
     model: str = setting("", "folder or hub id of the draft model; several with + between")
     widths: str = setting("", "children per node at each depth, as 2-2-1-1; without it the tree is grown for nodes")
-    nodes: int = setting(16, "most tree nodes per step", least=1, most=128)
-    depth: int = setting(4, "most levels, each a forward pass of the draft model", least=1, most=16)
+    nodes: int = setting(24, "most tree nodes per step", least=1, most=128)
+    depth: int = setting(6, "most levels, each a forward pass of the draft model", least=1, most=16)
     ranks: int = setting(4, "candidates per node", least=1, most=32)
     min_chance: float = setting(
-        0.12, "a node is verified only if it is this likely to be accepted", least=0.0, most=1.0
+        0.06, "a node is verified only if it is this likely to be accepted", least=0.0, most=1.0
     )
 
     def check(self) -> None:

@@ -166,7 +166,7 @@ def test_two_draft_models_make_one_tree_and_plain_decodings_text(
     llm = engine(vllm_spec_plugins.engine_args("specinfer", **given))
     runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
     assert [len(each.layers) for each in runner.speculator.drafters] == [2, 2]
-    assert runner.speculator.proposer.num_nodes == (2 * (2 + 2 + 2) if settings else 16)
+    assert runner.speculator.proposer.num_nodes == (2 * (2 + 2 + 2) if settings else 24)
     sampling = [SAMPLINGS["mixed"](i) for i in range(12)]
     expected, _ = generate(plain, prompts[:12], sampling)
     assert generate(llm, prompts[:12], sampling)[0] == expected

@@ -22,6 +22,9 @@ from vllm_spec_plugins.tree.ranks import Ranks
 from vllm_spec_plugins.tree.topology import from_choices
 from vllm_spec_plugins.tree.tree import TokenTree
 
+# Share of the newest step in what is usual, and the largest chance that a candidate is given.
+FADING, MOST = 0.05, 0.98
+
 
 class HeadsError(ValueError):
     """A checkpoint that does not hold Medusa heads for this model; the message says what it holds."""
@@ -169,7 +172,7 @@ class MedusaProposer:
         nodes: int = 16,
         depth: int = 4,
         ranks: int = 8,
-        min_chance: float = 0.12,
+        min_chance: float = 0.03,
         choices: Iterable[Sequence[int]] = (),
     ) -> None:
         self.heads, self.min_chance = heads, min_chance
@@ -179,6 +182,8 @@ class MedusaProposer:
             self.num_nodes, self.max_depth = self.topology.num_nodes, self.topology.max_depth
             per_depth = max(self.topology.ranks) + 1
         self.ranks = Ranks(max_requests, self.max_depth, per_depth, torch.device(device))
+        # [D, K], the softmax of each rank's score, averaged over requests and recent steps.
+        self.usual = torch.full((self.ranks.depth, self.ranks.per_depth), 1.0 / self.ranks.per_depth, device=device)
 
     def add_request(self, slot: int, prompt_len: int) -> None:
         """A new request in row `slot`: what was proposed to the last one is not counted."""
@@ -188,18 +193,20 @@ class MedusaProposer:
         """Count what became of the last candidates, then the next tree."""
         self.ranks.observe(ctx)
         assert self.heads is not None and ctx.hidden is not None and ctx.likeliest is not None
-        candidates = self._candidates(self.heads(ctx.hidden), ctx.likeliest)
+        candidates, confidence = self._candidates(self.heads(ctx.hidden), ctx.likeliest)
         self.ranks.offer(ctx.slots, ctx.lengths, candidates)
         budget = self.num_nodes if ctx.budget is None else min(ctx.budget, self.num_nodes)
-        chance = self.ranks.chance(ctx.slots)
+        # The measured chance of a rank, more where the head is surer than it usually is there.
+        chance = (self.ranks.chance(ctx.slots) * confidence / self.usual).clamp_(max=MOST)
+        self.usual += FADING * (confidence.mean(0) - self.usual)
         if self.topology.num_nodes:
             return chosen(self.topology, candidates, chance, budget)
         return ranked(candidates, chance, self.num_nodes, budget, least_chance(self.min_chance, len(ctx.slots)))
 
-    def _candidates(self, guesses: Tensor, likeliest: Likeliest) -> Tensor:
-        """[B, D, K] int64 from the heads' logits [B, D, V]."""
+    def _candidates(self, guesses: Tensor, likeliest: Likeliest) -> tuple[Tensor, Tensor]:
+        """From the heads' logits [B, D, V]: tokens [B, D, K] int64, and the softmax [B, D, K] of their scores."""
         batch, depth = guesses.shape[:2]
         request = torch.arange(batch, device=guesses.device).repeat_interleave(depth)
         place = torch.arange(depth, device=guesses.device).repeat(batch)
-        tokens, _ = likeliest(guesses.flatten(0, 1), request, place, self.ranks.per_depth)
-        return tokens.view(batch, depth, -1)
+        tokens, scores = likeliest(guesses.flatten(0, 1), request, place, self.ranks.per_depth)
+        return tokens.view(batch, depth, -1), scores.view(batch, depth, -1).softmax(2)

@@ -51,7 +51,7 @@ class SpecInferProposer:
         nodes: int = 16,
         depth: int = 4,
         ranks: int = 4,
-        min_chance: float = 0.12,
+        min_chance: float = 0.06,
     ) -> None:
         self.draft, self.fixed, self.min_chance = draft, widths is not None, min_chance
         if widths is not None:

@@ -12,7 +12,7 @@ from vllm_spec_plugins.tools.load import GREEDY, Batch, Sampling, send
 from vllm_spec_plugins.tools.server import Server, only
 from vllm_spec_plugins.tools.speed import PLAIN, Configuration, references
 
-SAMPLED = Sampling("T=0.8, top-p 0.95, seeds", 0.8, top_p=0.95, seed=1000)
+SAMPLED = Sampling("T=0.8, top-p 0.9, seeds", 0.8, top_p=0.9, seed=1000)
 
 
 @dataclass(frozen=True)

@@ -177,5 +177,31 @@ def test_trees_come_from_the_heads_and_follow_the_budget(rng):
     assert tree.tokens[:, 0].tolist() == first.tolist()
     context.budget = 3
     assert proposer.propose(context).num_nodes.tolist() == [3, 3]
-    strict = MedusaProposer(heads, max_requests=3, nodes=12, min_chance=0.9)
+    strict = MedusaProposer(heads, max_requests=3, nodes=12, min_chance=0.99)
     assert strict.propose(context).num_nodes.tolist() == [0, 0]
+
+
+def test_a_head_that_is_surer_than_usual_gives_its_candidates_a_larger_chance(rng):
+    flat, sharp = torch.zeros(2, 40), torch.zeros(2, 40)
+    sharp[:, 7] = 6.0
+    proposer = MedusaProposer(None, max_requests=2, nodes=6, depth=2, min_chance=0.0)
+
+    def gain(*logits):
+        proposer.heads = lambda hidden: torch.stack(logits)
+        batch = len(logits)
+        context = StepContext(
+            slots=torch.arange(batch),
+            token_ids=torch.zeros(2, 20, dtype=torch.int32),
+            lengths=torch.full((batch,), 5),
+            max_length=5,
+            num_emitted=torch.zeros(batch, dtype=torch.int32),
+            hidden=torch.zeros(batch, 4),
+            likeliest=lambda logits, request, place, count: logits.topk(count, 1)[::-1],
+        )
+        return proposer.propose(context).gain
+
+    for _ in range(100):
+        usual = gain(flat, flat)
+    surer = gain(flat, sharp)
+    assert float(surer[0]) == pytest.approx(float(usual[0]), rel=0.05)
+    assert float(surer[1]) > 1.5 * float(surer[0])
