@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import openai
 import pytest
 import regex
 
@@ -214,3 +215,25 @@ def test_a_request_given_up_midway_leaves_the_others_right(
                 next(iter(abandoned))
                 text = client.completions.create(model=MODEL, prompt=prompt, max_tokens=48, temperature=0.0)
             assert text.choices[0].text == reply.text
+
+
+def test_contrastive_search_is_asked_for_and_refused_over_http(
+    none: Server, lookahead: Server, prompts: list[str]
+) -> None:
+    def ask(server: Server, contrastive: Any, **given: Any) -> str:
+        request = {"temperature": 0.0, "max_tokens": 24, **given}
+        extra = {} if contrastive is None else {"vllm_xargs": {"contrastive": contrastive}}
+        with server.client() as client:
+            return (
+                client.completions.create(model=MODEL, prompt=prompts[0], extra_body=extra, **request).choices[0].text
+            )
+
+    greedy = ask(none, None)
+    assert ask(lookahead, '{"alpha": 0}') == greedy
+    assert ask(lookahead, '{"alpha": 0.6, "k": 5}') != greedy
+    with pytest.raises(openai.BadRequestError, match=r"contrastive: the search draws nothing, so temperature=0\.5"):
+        ask(lookahead, "{}", temperature=0.5)
+    with pytest.raises(openai.BadRequestError, match=r"contrastive: 0\.6 is not an object"):
+        ask(lookahead, 0.6)
+    with pytest.raises(openai.BadRequestError, match="contrastive: --plugin none verifies no candidates"):
+        ask(none, "{}")

@@ -105,6 +105,31 @@ def _validate_spec_decode(original: Callable[[Any, Any], None]) -> Callable[[Any
     return _validate_spec_decode
 
 
+def _process_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
+        request = original(self, *args, **kwargs)
+        if settings_of(self.vllm_config) is not None:
+            from vllm_spec_plugins.engine import contrastive
+
+            contrastive.admit(request, self.vllm_config)
+        return request
+
+    return process_inputs
+
+
+def _sample(original: Callable[[Any, Any, Any, Any], Any]) -> Callable[[Any, Any, Any, Any], Any]:
+    def sample(self: Any, hidden_states: Any, input_batch: Any, grammar_output: Any) -> Any:
+        sampled = original(self, hidden_states, input_batch, grammar_output)
+        state = getattr(self.req_states, "tree_state", None)  # of an engine with a plugin
+        if state is not None and state.searches.by_slot:
+            acceptance = state.verified and state.verified.acceptance
+            state.searches.decide(self.model.compute_logits, hidden_states, input_batch, sampled[0], acceptance)
+        return sampled
+
+    return sample
+
+
 def _schedule(original: Callable[..., Any]) -> Callable[..., Any]:
     def schedule(self: Any, throttle_prefills: bool = False) -> Any:
         step = original(self, throttle_prefills)
@@ -175,8 +200,10 @@ def _update_from_output(original: Callable[..., Any]) -> Callable[..., Any]:
             exchange.keep(self, model_runner_output)
         outputs = original(self, scheduler_output, model_runner_output)
         if ours:
+            from vllm_spec_plugins.engine.contrastive import hold_back
             from vllm_spec_plugins.engine.metrics import count_steps_without_drafts, send_counts
 
+            hold_back(self, scheduler_output, model_runner_output)
             count_steps_without_drafts(self.num_spec_tokens, scheduler_output, outputs)
             send_counts(self, outputs)
         return outputs
@@ -357,6 +384,22 @@ ENGINE_HOOKS: tuple[Hook, ...] = (
         signature="(self, speculative_config)",
         upstream="goes when the check asks the sampler",
         replacement=_validate_spec_decode,
+    ),
+    Hook(
+        target="vllm.v1.engine.input_processor:InputProcessor.process_inputs",
+        why="a request of contrastive search is checked where a refusal is an answer, with prompt and final parameters known",
+        signature="(self, request_id, prompt, params, supported_tasks, arrival_time=None, lora_request=None, "
+        "tokenization_kwargs=None, trace_headers=None, priority=0, data_parallel_rank=None, resumable=False, "
+        "session_id=None, kv_hints=None)",
+        upstream="goes when a plugin can check the parameters of a request",
+        replacement=_process_inputs,
+    ),
+    Hook(
+        target="vllm.v1.worker.gpu.model_runner:GPUModelRunner.sample",
+        why="contrastive search chooses by hidden states, which the sampler is not given",
+        signature="(self, hidden_states, input_batch, grammar_output)",
+        upstream="goes when the sampler is given hidden states",
+        replacement=_sample,
     ),
     Hook(
         target="vllm.v1.core.sched.scheduler:Scheduler.schedule",

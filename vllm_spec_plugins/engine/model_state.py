@@ -58,6 +58,16 @@ class TreeModelState(ModelState):
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         super().add_request(req_index, new_req_data)
         self.state.add_request(req_index, new_req_data.prompt_len, new_req_data.num_computed_tokens)
+        params, computed = new_req_data.sampling_params, new_req_data.num_computed_tokens
+        length = new_req_data.prompt_len + ((params and params.max_tokens) or 0)
+        hidden_size = self.vllm_config.model_config.get_hidden_size()
+        self.state.searches.add(req_index, params, computed, length, hidden_size, self.device)
+
+    def remove_request(self, req_id: str) -> None:
+        super().remove_request(req_id)
+        slot = self.speculator.req_states.req_id_to_index.get(req_id)
+        if slot is not None:
+            self.state.searches.remove(slot)
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables) -> None:
         super().initialize_kv_cache(kv_cache_config, block_tables)

@@ -11,6 +11,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 
 from vllm_spec_plugins.config import SpeculationSettings
+from vllm_spec_plugins.engine.contrastive import wants
 from vllm_spec_plugins.engine.governor import Draft, Governor
 from vllm_spec_plugins.engine.settings import settings_of
 
@@ -49,7 +50,10 @@ def scheduled(scheduler: Any, step: SchedulerOutput) -> None:
     if governor is not None:
         governor.forget(step.finished_req_ids)
         if not governor.asks(len(scheduler.running)):
-            step.num_spec_tokens_to_schedule = 0
+            if any(wants(scheduler.requests[request].sampling_params) for request in step.num_scheduled_tokens):
+                governor.asked = True  # their candidates travel as drafts: while they run, every step is asked
+            else:
+                step.num_spec_tokens_to_schedule = 0
         scheduler._spec_scheduled_at = time.perf_counter()
 
 
@@ -74,12 +78,17 @@ def decline(scheduler: Any, drafts: DraftTokenIds) -> None:
     governor = governor_of(scheduler)
     if governor is None or not isinstance(drafts, TreeDraftTokenIds):
         return
-    offered = [
-        Draft(request, len(tokens), gain)
-        for request, tokens, gain in zip(drafts.req_ids, drafts.draft_token_ids, drafts.gain, strict=True)
-        if (state := scheduler.requests.get(request)) is not None and not state.is_prefill_chunk
-    ]
-    chosen = governor.choose(len(scheduler.running), offered)
+    offered, chosen = [], set()
+    for request, tokens, gain in zip(drafts.req_ids, drafts.draft_token_ids, drafts.gain, strict=True):
+        state = scheduler.requests.get(request)
+        if state is None or state.is_prefill_chunk:
+            continue
+        if wants(state.sampling_params):  # nothing to weigh: without its candidates it gets no token
+            chosen.add(request)
+        else:
+            offered.append(Draft(request, len(tokens), gain))
+    if offered or not chosen:
+        chosen |= governor.choose(len(scheduler.running), offered)
     drafts.draft_token_ids = [
         tokens if request in chosen else []
         for request, tokens in zip(drafts.req_ids, drafts.draft_token_ids, strict=True)

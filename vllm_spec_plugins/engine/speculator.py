@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig
@@ -153,25 +154,42 @@ class TreeSpeculator(BaseSpeculator):
             verified = self.state.verified or self._nothing_verified(slots, last_sampled)
         # Every request can have grown by one token beyond what it computed.
         max_length = int(input_batch.seq_lens_cpu_upper_bound.numpy()[: input_batch.num_reqs].max()) + 1
-        tree = self.proposer.propose(
-            StepContext(
-                slots=slots,
-                token_ids=self.req_states.all_token_ids.gpu,
-                lengths=self.req_states.total_len.gpu[slots].long(),
-                max_length=min(max_length, self.req_states.max_model_len),
-                num_emitted=num_sampled,
-                drawn=verified.drawn if verified else None,
-                tree=verified.tree if verified else None,
-                hidden=None if ends is None else last_hidden_states[ends],
-                likeliest=partial(self._likeliest, input_batch),
-                budget=num_speculative_tokens,
-            )
+        context = StepContext(
+            slots=slots,
+            token_ids=self.req_states.all_token_ids.gpu,
+            lengths=self.req_states.total_len.gpu[slots].long(),
+            max_length=min(max_length, self.req_states.max_model_len),
+            num_emitted=num_sampled,
+            drawn=verified.drawn if verified else None,
+            tree=verified.tree if verified else None,
+            hidden=None if ends is None else last_hidden_states[ends],
+            likeliest=partial(self._likeliest, input_batch),
+            budget=num_speculative_tokens,
         )
+        others = self.state.searches.others(input_batch.idx_mapping_np)
+        if others is None:
+            tree = self.proposer.propose(context)
+        else:
+            tree = self._beside_searches(context, input_batch, others)
         self.state.end_step()
         self.state.store(slots, tree)
         # To the handler, which is given the same batch.
         cast("Any", input_batch).tree, cast("Any", input_batch).tree_counts = tree, self._take_counts()
         return tree.tokens.clamp(min=0) if self.fixed_shape else tree.tokens
+
+    def _beside_searches(self, context: StepContext, batch: InputBatch, others: np.ndarray) -> TokenTree:
+        """The proposer's trees for requests `others` [n] of the batch, candidates for those of contrastive search, of which
+        it never hears.
+        """
+        tokens = self.no_tree[: batch.num_reqs].clone()
+        parents, gain = torch.zeros_like(tokens), torch.zeros(batch.num_reqs, device=tokens.device)
+        if len(others):
+            index = torch.from_numpy(others).to(tokens.device, non_blocking=True)
+            tree = self.proposer.propose(context.take(index))
+            tokens[index], parents[index] = tree.tokens, tree.parents
+            gain[index] = (tree.num_nodes if tree.gain is None else tree.gain).to(gain.dtype)
+        self.state.searches.store(tokens, batch.idx_mapping_np)
+        return TokenTree(tokens, parents, self.proposer.max_depth, gain)
 
     def _take_counts(self) -> list[Tensor]:
         """Integers [n] on the device, in the order of `Method.counts`."""

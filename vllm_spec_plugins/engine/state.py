@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vllm_spec_plugins.compiled import loops_for
+from vllm_spec_plugins.engine.contrastive import Searches
 from vllm_spec_plugins.tree.accept import Acceptance
 from vllm_spec_plugins.tree.tree import TokenTree
 
@@ -59,6 +60,7 @@ class TreeState:
         trees: this step's trees; None when no request has drafts.
         likeliest: (logits [n, V], their requests' rows [n], those rows on the host, positions [n], K) -> [n, K] int64,
             the tokens that the sampler would prefer, and their scores; set when the sampler is made.
+        searches: the requests of contrastive search.
         lossy: [1] int64, accepted tokens that the target had not drawn, since last taken; None under a lossless rule.
         verified: this step's outcome; None until the sampler has run, and when no request had drafts.
     """
@@ -77,6 +79,7 @@ class TreeState:
         self.tokens = torch.full((max_requests, num_nodes), -1, dtype=torch.int64, device=device)
         self.parents = torch.zeros(max_requests, num_nodes, dtype=torch.int64, device=device)
         self.likeliest: Callable[[Tensor, Tensor, np.ndarray, Tensor, int], tuple[Tensor, Tensor]]
+        self.searches = Searches()
         self.lossy: Tensor | None = None
         self.trees: StepTrees | None = None
         self.verified: Verified | None = None

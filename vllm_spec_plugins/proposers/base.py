@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -48,6 +48,20 @@ class StepContext:
     hidden: Tensor | None = None
     likeliest: Likeliest | None = None
     budget: int | None = None
+
+    def take(self, index: Tensor) -> StepContext:
+        """What is known of requests `index` [n] int64 of the batch."""
+        tree, likeliest = self.tree, self.likeliest
+        return replace(
+            self,
+            slots=self.slots[index],
+            lengths=self.lengths[index],
+            num_emitted=self.num_emitted[index],
+            drawn=None if self.drawn is None else self.drawn[index],
+            tree=None if tree is None else TokenTree(tree.tokens[index], tree.parents[index], tree.max_depth),
+            hidden=None if self.hidden is None else self.hidden[index],
+            likeliest=likeliest and (lambda logits, request, *rest: likeliest(logits, index[request], *rest)),
+        )
 
 
 class DraftModel(Protocol):
