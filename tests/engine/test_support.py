@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import pytest
 
 from vllm_spec_plugins import registry
 from vllm_spec_plugins.config import SettingError
+from vllm_spec_plugins.engine import activation
 
 
 def config(**changes: Any) -> Any:
@@ -126,5 +128,6 @@ from vllm.engine.arg_utils import EngineArgs
 parts = ("speculator", "drafter", "sampler")
 print("numba" in sys.modules, [part for part in parts if f"vllm_spec_plugins.engine.{part}" in sys.modules])
 """
-    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    environment = {key: value for key, value in os.environ.items() if key != activation.ACTIVE}  # of engines made here
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment)
     assert found.stdout.splitlines()[-1] == "False []"
