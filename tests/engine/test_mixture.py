@@ -10,7 +10,7 @@ import pytest
 
 import vllm_spec_plugins
 from tests.engine.conftest import MODELS
-from tests.engine.test_medusa import generate
+from tests.engine.decoding import SAMPLINGS, generate
 from vllm_spec_plugins.config import SettingError
 from vllm_spec_plugins.proposers.mixture import MixtureProposer
 
@@ -18,10 +18,6 @@ from vllm_spec_plugins.proposers.mixture import MixtureProposer
 LOOKAHEAD = {"name": "lookahead", "guesses": 4, "min_chance": 0.0, "adapt": False}
 MEDUSA = {"name": "medusa", "model": str(MODELS / "medusa"), "min_chance": 0.0, "adapt": False}
 ALONE = 6  # prompts that are also served one at a time
-SAMPLINGS: dict[str, Callable[[int], dict[str, Any]]] = {
-    "greedy": lambda i: {"temperature": 0.0},
-    "sampled": lambda i: {"temperature": 0.8, "top_p": 0.9, "seed": i},
-}
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +34,7 @@ def engines(engine: Callable[..., Any], plain: Any) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("name", SAMPLINGS)
+@pytest.mark.parametrize("name", ["greedy", "sampled"])
 def test_text_is_plain_decodings_and_steps_are_no_more_than_the_better_sources(
     name: str, plain: Any, engines: dict[str, Any], prompts: list[list[int]]
 ) -> None:
