@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Callable
@@ -14,7 +15,8 @@ import torch
 import vllm_spec_plugins
 from tests.engine import compare
 from tests.engine.conftest import MODELS
-from vllm_spec_plugins.engine import metrics
+from vllm_spec_plugins import registry
+from vllm_spec_plugins.engine import activation, metrics
 from vllm_spec_plugins.engine.sampler import undrawn
 from vllm_spec_plugins.proposers.base import Count
 from vllm_spec_plugins.tree import TokenTree, accept_down_to
@@ -101,3 +103,18 @@ def test_figures_belong_to_the_engine_that_they_were_made_for(engine: Callable[.
     stats.num_draft_tokens_per_pos += [6, 2]
     older.observe(stats)
     assert older._spec_counts.line() == "jacobi_iterations: 6 (3.00 per jacobi_blocks), jacobi_blocks: 2"
+
+
+def test_the_log_line_outlives_an_engine_of_another_depth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM makes one matrix of the accepted tokens per depth of all steps since the last line."""
+    from vllm.v1.spec_decode.metrics import SpecDecodingLogging, SpecDecodingStats
+
+    activation.install()
+    log, lines = SpecDecodingLogging(), []
+    for name in ("lookahead", "jacobi:block=4"):
+        monkeypatch.setenv(activation.ACTIVE, json.dumps(registry.resolve(name).as_given()))
+        stats = SpecDecodingStats.new(16)
+        stats.observe_draft(num_draft_tokens=4, num_accepted_tokens=2)
+        log.observe(stats)
+    log.log(log_fn=lambda *line: lines.append(line))
+    assert len(lines) == 1

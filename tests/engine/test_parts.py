@@ -160,7 +160,8 @@ def test_hooks_fit_the_installed_vllm_and_refuse_another_shape() -> None:
     assert len({h.target for h in FLAG_HOOKS + ENGINE_HOOKS}) == len(FLAG_HOOKS + ENGINE_HOOKS)
     for entry in FLAG_HOOKS + ENGINE_HOOKS:
         assert entry.why and entry.upstream and entry.signature
-    changed = dataclasses.replace(ENGINE_HOOKS[1], target="vllm.v1.worker.gpu.states:RequestState.add_request")
+    (entry,) = (h for h in ENGINE_HOOKS if h.target.endswith(":init_speculator"))
+    changed = dataclasses.replace(entry, target="vllm.v1.worker.gpu.states:RequestState.add_request")
     with pytest.raises(hook.HookMismatch, match=r"expects \(vllm_config, device, req_states\) as in vLLM 0\.32\.0"):
         hook.apply([changed])
 

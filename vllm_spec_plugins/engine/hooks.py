@@ -266,10 +266,13 @@ def _post_step(original: Callable[[Any, bool], None]) -> Callable[[Any, bool], N
 def _observe(original: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
     def observe(self: Any, spec_decoding_stats: Any) -> None:
         original(self, spec_decoding_stats)
-        if (depth := activation.max_depth()) is not None:
+        # Kept from the first time on: another engine of this process may draft to another depth, and vLLM wants one length.
+        if not hasattr(self, "_spec_depth"):
+            self._spec_depth = activation.max_depth()
+        if self._spec_depth is not None:
             from vllm_spec_plugins.engine.metrics import by_depth
 
-            self.accepted_tokens_per_pos_lists[-1] = by_depth(spec_decoding_stats, depth)
+            self.accepted_tokens_per_pos_lists[-1] = by_depth(spec_decoding_stats, self._spec_depth)
         if (log := getattr(self, "_spec_counts", None)) is not None:
             log.observe(spec_decoding_stats)
 

@@ -50,10 +50,11 @@ class TreeModelState(ModelState):
         for drafter in self.speculator.drafters:
             drafter.load()
         self.state = cast("Any", sampler.req_states).tree_state
-        self.state.likeliest = partial(likeliest, sampler.sampling_states)
         settings = settings_of(self.vllm_config)
         assert settings is not None
-        return sampler, TreeVerifier(sampler, self.state, method_of(settings).rule(settings))
+        rule = method_of(settings).rule(settings)
+        self.state.likeliest = partial(likeliest, sampler.sampling_states, rule.lossless)
+        return sampler, TreeVerifier(sampler, self.state, rule)
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         super().add_request(req_index, new_req_data)

@@ -186,12 +186,19 @@ class TreeVerifier:
 
 
 def likeliest(
-    states: SamplingStates, logits: Tensor, rows: Tensor, slots: np.ndarray, position: Tensor, count: int
+    states: SamplingStates,
+    coupled: bool,
+    logits: Tensor,
+    rows: Tensor,
+    slots: np.ndarray,
+    position: Tensor,
+    count: int,
 ) -> tuple[Tensor, Tensor]:
     """Rank a draft's candidates as the target's sampler would ("coupled children"), best first: tokens [n, K] int64, and
     scores [n, K] float32, logit + temperature * noise.
 
     Args:
+        coupled: with the sampler's noise; else without, for a rule that keeps what is likely, drawn or not.
         logits: [n, V] float32, the draft's; overwritten.
         rows: [n] int32, the request of each line; `slots` are the same requests on the host, once each.
         position: [n] int64, of the row that will draw the token.
@@ -208,7 +215,8 @@ def likeliest(
 
     index = rows.numpy()
     temperature, seeds = states.temperature.np[index], states.seeds.np[index]
-    tokens, sums = gumbel_topk(logits.numpy(), temperature, seeds, position.numpy(), count)
+    noisy = temperature if coupled else np.zeros_like(temperature)
+    tokens, sums = gumbel_topk(logits.numpy(), noisy, seeds, position.numpy(), count)
     scale = np.where(temperature > 0, temperature, np.float32(1.0))
     return torch.from_numpy(tokens), torch.from_numpy(sums * scale[:, None])
 
