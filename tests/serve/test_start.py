@@ -43,7 +43,7 @@ REFUSED: dict[str, tuple[list[str], dict[str, str], list[str]]] = {
     "key": (
         [MODEL, "--plugin", "lookahead:windw=3"],
         {},
-        ["'windw'", "did you mean 'window'?", "valid are adapt, window, ngram"],
+        ["'windw'", "did you mean 'window'?", "valid are adapt, accept, eps, delta, window, ngram"],
     ),
     "type": ([MODEL, "--plugin", "lookahead:window=wide"], {}, ["window=wide", "whole number"]),
     "range": ([MODEL, "--plugin", "lookahead:guesses=99"], {}, ["guesses=99", "valid are 1 to 32"]),
