@@ -115,12 +115,12 @@ class Drafter:
                 f"use a draft with full attention in every layer"
             )
         (group,) = groups
-        self.attn_groups, _, _ = init_attn_backend(
-            kv_cache_config, self.target_config, torch.device("cpu"), active_layer_names=own
-        )
-        self.attn_groups = [self.attn_groups[group]]
         self.block_size = block_tables.block_sizes[group]
         self.table = block_tables.block_tables[group].gpu
+        attn_groups, _, _ = init_attn_backend(
+            kv_cache_config, self.target_config, self.table.device, active_layer_names=own
+        )
+        self.attn_groups = attn_groups[group]
         layers = self.target_config.compilation_config.static_forward_context
         self.caches = [layers[name].kv_cache for name in self.layers]
 
@@ -211,9 +211,8 @@ class Drafter:
             slot_mapping=slot,
         )
         metadata: dict[str, Any] = {}
-        for groups in self.attn_groups:
-            for group in groups:
-                metadata |= dict.fromkeys(group.layer_names, group.get_metadata_builder(0).build(0, common))
+        for group in self.attn_groups:
+            metadata |= dict.fromkeys(group.layer_names, group.get_metadata_builder(0).build(0, common))
         hidden = self._run(torch.from_numpy(token), position, metadata, slot)
         return hidden[bounds[1:].long() - 1]
 

@@ -266,13 +266,10 @@ def _post_step(original: Callable[[Any, bool], None]) -> Callable[[Any, bool], N
 def _observe(original: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
     def observe(self: Any, spec_decoding_stats: Any) -> None:
         original(self, spec_decoding_stats)
-        # Kept from the first time on: another engine of this process may draft to another depth, and vLLM wants one length.
-        if not hasattr(self, "_spec_depth"):
-            self._spec_depth = activation.max_depth()
-        if self._spec_depth is not None:
+        if (depth := getattr(self, "_spec_depth", None)) is not None:
             from vllm_spec_plugins.engine.metrics import by_depth
 
-            self.accepted_tokens_per_pos_lists[-1] = by_depth(spec_decoding_stats, self._spec_depth)
+            self.accepted_tokens_per_pos_lists[-1] = by_depth(spec_decoding_stats, depth)
         if (log := getattr(self, "_spec_counts", None)) is not None:
             log.observe(spec_decoding_stats)
 
@@ -281,11 +278,11 @@ def _observe(original: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]
 
 def _reset(original: Callable[[Any], None]) -> Callable[[Any], None]:
     def reset(self: Any) -> None:
-        first = not hasattr(
-            self, "num_drafts"
-        )  # vLLM's __init__ calls it: the engine that is being made is the active one
+        # vLLM's __init__ calls it first: the engine that is being made is the active one, later ones may draft deeper.
+        first = not hasattr(self, "num_drafts")
         original(self)
         if first:
+            self._spec_depth = activation.max_depth()
             from vllm_spec_plugins.engine.metrics import CountsLog
 
             self._spec_counts = CountsLog(activation.counts())

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
-from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.block_table import BlockTables
@@ -76,6 +75,7 @@ class TreeModelState(ModelState):
         self._draft_layers = frozenset(name for drafter in self.speculator.drafters for name in drafter.layers)
         layers = self.vllm_config.compilation_config.static_forward_context
         self._caches = []  # per K/V cache group, per layer
+        kinds = set()  # of cache layouts: the target's, and each draft model's
         for group in kv_cache_config.kv_cache_groups:
             for layer in (layers[name] for name in group.layer_names):
                 if not isinstance(layer.impl, attention.TreeAttentionImpl):
@@ -84,9 +84,12 @@ class TreeModelState(ModelState):
                         f"another package replaced the attention backend, or an engine was built in this process "
                         f"before the plugin was loaded"
                     )
-                _check_layout(layer, group.kv_cache_spec.block_size)
+                impl, size = layer.impl, group.kv_cache_spec.block_size
+                kinds.add((layer.isa, size, impl.num_kv_heads, impl.head_size, layer.kv_cache.dtype))
             own = [name for name in group.layer_names if name not in self._draft_layers]
             self._caches.append([layers[name].kv_cache for name in own])
+        for kind in kinds:
+            attention.check_layout(*kind)
         for drafter in self.speculator.drafters:
             drafter.bind(kv_cache_config, block_tables)
         if self.speculator.drafters:
@@ -158,8 +161,3 @@ def tree_positions(positions: Tensor, trees: StepTrees, batch: InputBatch) -> Te
 def with_trees(base: type[ModelState]) -> type[ModelState]:
     """`base` behind the mixin."""
     return type(f"Tree{base.__name__}", (TreeModelState, base), {})
-
-
-def _check_layout(layer: Any, block_size: int) -> None:
-    impl: CPUAttentionBackendImpl = layer.impl
-    attention.check_layout(layer.isa, block_size, impl.num_kv_heads, impl.head_size, layer.kv_cache.dtype)

@@ -48,8 +48,8 @@ class SpecInferProposer:
         draft: DraftModel | None,
         *,
         widths: Sequence[int] | None = None,
-        nodes: int = 16,
-        depth: int = 4,
+        nodes: int = 24,
+        depth: int = 6,
         ranks: int = 4,
         min_chance: float = 0.06,
     ) -> None:
@@ -82,7 +82,7 @@ class SpecInferProposer:
         return grow(ctx, self.draft, ctx.likeliest, budget, least)
 
     def _grow(self, ctx: StepContext, draft: DraftModel, likeliest: Likeliest, budget: int, least: float) -> TokenTree:
-        """In tensors, level by level."""
+        """In tensors, level by level; which rows there are to run is asked of the device."""
         batch, device = len(ctx.slots), ctx.slots.device
         every = torch.arange(batch, device=device)
         found = _children(likeliest, draft.begin(ctx), every, torch.zeros_like(every), self.children[0])
