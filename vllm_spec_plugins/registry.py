@@ -9,26 +9,22 @@ from typing import Any
 
 import torch
 
-from vllm_spec_plugins.config import (
-    FLAG,
-    Given,
-    JacobiSettings,
-    LookaheadSettings,
-    MedusaSettings,
-    MixSettings,
-    NoneSettings,
-    SettingError,
-    Settings,
-    SpecInferSettings,
-    SpeculationSettings,
-    parse_plugins,
-)
+from vllm_spec_plugins.config import FLAG, Given, SettingError, Settings, parse_plugins
 from vllm_spec_plugins.proposers.base import Count, Counting, DraftModel, Proposer
 from vllm_spec_plugins.proposers.jacobi import JacobiProposer
 from vllm_spec_plugins.proposers.lookahead import LookaheadProposer
 from vllm_spec_plugins.proposers.medusa import HeadShapes, MedusaHeads, MedusaProposer
 from vllm_spec_plugins.proposers.mixture import MixtureProposer
 from vllm_spec_plugins.proposers.specinfer import SpecInferProposer
+from vllm_spec_plugins.settings import (
+    JacobiSettings,
+    LookaheadSettings,
+    MedusaSettings,
+    MixSettings,
+    NoneSettings,
+    SpecInferSettings,
+    SpeculationSettings,
+)
 from vllm_spec_plugins.tree.accept import AcceptRule, Typical, Walk
 
 

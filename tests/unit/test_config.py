@@ -13,7 +13,8 @@ import pytest
 
 import vllm_spec_plugins
 from vllm_spec_plugins import choices, registry
-from vllm_spec_plugins.config import LookaheadSettings, MedusaSettings, MixSettings, NoneSettings, SettingError
+from vllm_spec_plugins.config import SettingError
+from vllm_spec_plugins.settings import LookaheadSettings, MedusaSettings, MixSettings, NoneSettings
 from vllm_spec_plugins.tree import from_choices
 
 

@@ -10,10 +10,10 @@ from typing import Any
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 
-from vllm_spec_plugins.config import SpeculationSettings
 from vllm_spec_plugins.engine.contrastive import wants
 from vllm_spec_plugins.engine.governor import Draft, Governor
 from vllm_spec_plugins.engine.settings import settings_of
+from vllm_spec_plugins.settings import SpeculationSettings
 
 
 @dataclass

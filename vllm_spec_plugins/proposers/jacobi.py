@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vllm_spec_plugins.config import JACOBI_MODES
 from vllm_spec_plugins.proposers.base import Count, StepContext
+from vllm_spec_plugins.settings import JACOBI_MODES
 from vllm_spec_plugins.tree.builders import chain
 from vllm_spec_plugins.tree.tree import TokenTree
 

@@ -4,9 +4,10 @@
 import pytest
 import torch
 
-from vllm_spec_plugins.config import SettingError, SpecInferSettings
+from vllm_spec_plugins.config import SettingError
 from vllm_spec_plugins.proposers.base import StepContext
 from vllm_spec_plugins.proposers.specinfer import CONSIDERED, SpecInferProposer
+from vllm_spec_plugins.settings import SpecInferSettings
 
 VOCAB = 40
 
