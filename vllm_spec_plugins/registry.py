@@ -75,6 +75,7 @@ class Target:
     vocab_size: int
     max_model_len: int
     num_layers: int
+    lora: bool
     shapes: Callable[[str], Mapping[str, tuple[int, ...]]]
     draft: Callable[[str], Draft]
 
@@ -267,6 +268,10 @@ def _self_draft(settings: SelfDraftSettings, around: Surroundings) -> SelfDraftP
 
 
 def _check_self_draft(settings: SelfDraftSettings, target: Target) -> None:
+    if target.lora:
+        raise SettingError(
+            f"{FLAG} {settings.name}: --enable-lora is not supported: a draft's rows have no adapters; start without it"
+        )
     settings.planner(target.num_layers)
 
 

@@ -54,6 +54,7 @@ def check_engine(config: VllmConfig, settings: Settings) -> None:
             vocab_size=model.get_vocab_size(),
             max_model_len=model.max_model_len,
             num_layers=model.get_total_num_hidden_layers(),
+            lora=config.lora_config is not None,
             shapes=partial(weights.shapes, load=config.load_config),
             draft=partial(_draft, model),
         )
