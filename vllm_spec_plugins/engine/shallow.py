@@ -42,6 +42,7 @@ class ShallowDraft(PagedDraft):
         # Where the next row goes. Inside a prompt that is its next token; what is drafted there comes to nothing.
         roots = self.req_states.num_computed_tokens.gpu.numpy()[slots].astype("int64")
         self.plan = self.planner.plan(roots - self.req_states.prompt_len.np[slots])
+        self.cost = self.plan.share
         self.step = Step(slots, roots, self.table[ctx.slots])
         token = torch.from_numpy(self.req_states.all_token_ids.gpu.numpy()[slots, roots])
         request = torch.arange(len(slots))

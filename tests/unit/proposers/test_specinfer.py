@@ -15,8 +15,8 @@ VOCAB = 40
 class PathModel:
     """A draft model whose logits are a function of the path, and that keeps account of what it was asked."""
 
-    def __init__(self, seed, sharpness=2.0):
-        self.seed, self.sharpness = seed, sharpness
+    def __init__(self, seed, sharpness=2.0, cost=0.0):
+        self.seed, self.sharpness, self.cost = seed, sharpness, cost
         self.asked = []
 
     def logits(self, request, path):
@@ -143,3 +143,22 @@ def test_settings_that_do_not_go_together_are_refused(given, sentence):
 def test_widths_are_read_from_the_flag():
     assert SpecInferSettings.parse({"model": "m", "widths": "2-2-1-1"}).expansion == [2, 2, 1, 1]
     assert SpecInferSettings.parse({"model": "m"}).expansion == []
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_level_is_run_only_if_reaching_it_is_worth_its_cost(batch, seed):
+    dear = []
+    for cost in (0.0, 0.2, 0.4, 0.6, 10.0):
+        draft = PathModel(seed, cost=cost)
+        tree = SpecInferProposer(draft, nodes=24, depth=6, min_chance=0.0).propose(context(batch))
+        levels = {}
+        for b, _, path in draft.asked:
+            chance, prefix = 1.0, ()
+            for token in path:
+                chance *= dict(chances(draft, b, prefix))[token]
+                prefix = (*prefix, token)
+            levels[len(path)] = levels.get(len(path), 0.0) + chance
+        assert all(reached >= 1.6 * cost * batch - 1e-5 for reached in levels.values())
+        assert (tree.num_nodes > 0).all()
+        dear.append(len(draft.asked))
+    assert dear[0] == max(dear) > dear[-1] == 0 and dear == sorted(dear, reverse=True)
