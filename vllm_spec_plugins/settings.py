@@ -10,8 +10,12 @@ from itertools import accumulate
 from operator import mul
 from typing import Any, ClassVar, Self
 
+import torch
+
 from vllm_spec_plugins import choices as tree_choices
 from vllm_spec_plugins.config import FLAG, SettingError, Settings, setting
+from vllm_spec_plugins.layers.exits import ExitPolicy
+from vllm_spec_plugins.layers.exits import policy as exit_policy
 from vllm_spec_plugins.layers.plan import LayerPlan
 from vllm_spec_plugins.layers.planner import FixedPlan, Planner, ScheduledPlan
 from vllm_spec_plugins.layers.schedule import Schedule
@@ -239,6 +243,7 @@ class SelfDraftSettings(SpeculationSettings):
     skip: str = setting("", "draft without these blocks, as 3-4a-5m: all of layer 3, attention of 4, MLP of 5")
     speedup: float | None = setting(None, "draft by SkipDecode's schedule: layers by its average", least=1, most=16)
     max_tokens: int | None = setting(None, "speedup: tokens over which the schedule falls (256)", least=2, most=1 << 20)
+    exit: str = setting("", "stop a draft where this policy finds the shallow answer not good enough, as margin:0.2")
     nodes: int = setting(16, "most tree nodes per step", least=1, most=128)
     depth: int = setting(6, "most levels, each a pass through part of the target", least=1, most=16)
     ranks: int = setting(3, "candidates per node", least=1, most=32)
@@ -255,6 +260,14 @@ class SelfDraftSettings(SpeculationSettings):
             )
         if self.max_tokens is not None and self.speedup is None:
             raise SettingError(f"{FLAG} {self.name}: max_tokens={self.max_tokens} belongs to speedup; give both")
+        self.policy()
+
+    def policy(self, device: torch.device | str = "cpu") -> ExitPolicy | None:
+        """What stops a draft early, if anything. Raises SettingError."""
+        try:
+            return exit_policy(self.exit, device) if self.exit else None
+        except ValueError as error:
+            raise SettingError(f"{FLAG} {self.name}: exit={error}") from error
 
     def planner(self, num_layers: int) -> Planner:
         """What drafts in a model of `num_layers`. Raises SettingError when it has not that many."""

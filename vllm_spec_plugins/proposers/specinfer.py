@@ -89,7 +89,7 @@ class SpecInferProposer:
         """In tensors, level by level; which rows there are to run is asked of the device."""
         batch, device = len(ctx.slots), ctx.slots.device
         every = torch.arange(batch, device=device)
-        found = _children(likeliest, draft.begin(ctx), every, torch.zeros_like(every), self.children[0])
+        found = _children(likeliest, draft, draft.begin(ctx), every, torch.zeros_like(every), self.children[0])
 
         # Candidates, all levels: [B, C]. Their parents are candidates (1-based; 0 = root).
         tokens, chances = found
@@ -110,7 +110,7 @@ class SpecInferProposer:
             )
             request, column = wanted.nonzero(as_tuple=True)
             logits = draft.extend(drafted, request, row[column])
-            found = _children(likeliest, logits, request, torch.full_like(request, level), self.children[level])
+            found = _children(likeliest, draft, logits, request, torch.full_like(request, level), self.children[level])
             count = self.children[level]
             more = tokens.new_full((batch, best.shape[1], count), -1)
             more[request, column] = found[0]
@@ -161,6 +161,9 @@ class SpecInferProposer:
                     torch.from_numpy(drafted[:, :width].copy()), torch.from_numpy(parents[:, :width].copy())
                 )
                 logits = draft.extend(tree, torch.from_numpy(request), torch.from_numpy(row))
+            if draft.kept is not None:
+                keep = draft.kept.numpy()
+                request, row, logits = request[keep], row[keep], logits[draft.kept]
             considered = min(max(children, CONSIDERED), logits.shape[1])
             place = torch.full((len(request),), level, dtype=torch.int64)
             found, scores = likeliest(logits, torch.from_numpy(request), place, considered)
@@ -173,11 +176,12 @@ class SpecInferProposer:
 
 
 def _children(
-    likeliest: Likeliest, logits: Tensor, request: Tensor, place: Tensor, count: int
+    likeliest: Likeliest, draft: DraftModel, logits: Tensor, request: Tensor, place: Tensor, count: int
 ) -> tuple[Tensor, Tensor]:
-    """Tokens [M, K] int64 and their chances [M, K] float32, best first."""
+    """Tokens [M, K] int64 and their chances [M, K] float32, best first; no chance where the draft's answer is not good."""
     tokens, scores = likeliest(logits, request, place, min(max(count, CONSIDERED), logits.shape[1]))
-    return tokens[:, :count], scores.softmax(1)[:, :count]
+    chances = scores.softmax(1)[:, :count]
+    return tokens[:, :count], chances if draft.kept is None else chances * draft.kept.unsqueeze(1)
 
 
 def _best(

@@ -17,7 +17,7 @@ class PathModel:
 
     def __init__(self, seed, sharpness=2.0, cost=0.0):
         self.seed, self.sharpness, self.cost = seed, sharpness, cost
-        self.asked = []
+        self.asked, self.kept, self.keeps = [], None, None
 
     def logits(self, request, path):
         generator = torch.Generator().manual_seed(hash((self.seed, request, *path)) % (1 << 60))
@@ -25,7 +25,13 @@ class PathModel:
 
     def begin(self, ctx):
         self.asked = []
+        self._keep([(b, ()) for b in range(len(ctx.slots))])
         return torch.stack([self.logits(b, ()) for b in range(len(ctx.slots))])
+
+    def _keep(self, rows):
+        """What an exit policy `keeps` (request, path) would say."""
+        if self.keeps is not None:
+            self.kept = torch.tensor([self.keeps(b, path) for b, path in rows], dtype=torch.bool)
 
     def extend(self, tree, request, row):
         out = []
@@ -38,6 +44,7 @@ class PathModel:
                 assert at == 0 or (b, at) in [(x, y) for x, y, _ in self.asked]
             self.asked.append((b, r, tuple(path)))
             out.append(self.logits(b, tuple(path)))
+        self._keep([(b, path) for b, _, path in self.asked[len(self.asked) - len(out) :]])
         return torch.stack(out) if out else torch.empty(0, VOCAB)
 
 
@@ -162,3 +169,15 @@ def test_a_level_is_run_only_if_reaching_it_is_worth_its_cost(batch, seed):
         assert (tree.num_nodes > 0).all()
         dear.append(len(draft.asked))
     assert dear[0] == max(dear) > dear[-1] == 0 and dear == sorted(dear, reverse=True)
+
+
+def test_nothing_is_drafted_below_an_answer_that_an_exit_policy_finds_not_good(seed):
+    draft = PathModel(seed)
+    draft.keeps = lambda b, path: b != 1 and sum(path) % 3 != 1
+    tree = SpecInferProposer(draft, nodes=24, depth=5, min_chance=0.0).propose(context(3))
+    tree.validate()
+    for b in range(3):
+        paths = nodes_of(tree, b)
+        assert all(draft.keeps(b, path[:depth]) for path in paths for depth in range(len(path)))
+        assert len(paths) == 0 if b == 1 else len(paths) > 4
+    assert any(not draft.keeps(b, path) for b, _, path in draft.asked if b != 1)
