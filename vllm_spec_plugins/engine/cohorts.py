@@ -50,8 +50,7 @@ class CohortScheduler(Scheduler):
         num_layers = self.vllm_config.model_config.get_total_num_hidden_layers()
         self.cohorts = Cohorts(settings.schedule(num_layers), settings.cohort_wait)
         self.held: dict[str, int] = {}
-        self._held_ever: set[str] = set()  # since the last report
-        self._held_longest = 0
+        self._count = self._longest = 0  # since the last report
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """vLLM's step, with the queue of waiting requests closed while they are held."""
@@ -60,7 +59,7 @@ class CohortScheduler(Scheduler):
             if self.held:
                 waiting = {request.request_id for request in self.waiting}
                 self.held = {request: steps for request, steps in self.held.items() if request in waiting}
-            if self._held_ever and not self.requests:
+            if self._count and not self.requests:
                 self._report()
             return step
         bound = self.prefill_capacity_bound
@@ -83,18 +82,15 @@ class CohortScheduler(Scheduler):
         if self.cohorts.opens(running, [request.num_output_tokens for request in waiting], held):
             return False
         self.held = {request.request_id: steps + 1 for request, steps in zip(waiting, held, strict=True)}
-        self._held_ever.update(self.held)
-        self._held_longest = max(self._held_longest, *self.held.values())
+        self._count += held.count(0)
+        self._longest = max(self._longest, max(held) + 1)
         return True
 
     def _report(self) -> None:
-        logger.info(
-            "Cohorts: %d requests were held, the longest %d of at most %d steps",
-            len(self._held_ever),
-            self._held_longest,
-            self.cohorts.wait,
-        )
-        self._held_ever, self._held_longest = set(), 0
+        """When the last request has gone: what was held, and that the bound was kept."""
+        what = "Cohorts: %d requests were held, the longest %d of at most %d steps"
+        logger.info(what, self._count, self._longest, self.cohorts.wait)
+        self._count = self._longest = 0
 
 
 class AsyncCohortScheduler(CohortScheduler, AsyncScheduler):
