@@ -135,12 +135,12 @@ def scheduler() -> Callable[..., Steps]:
     return make
 
 
-def arrivals(seed: int, count: int = 40, every: float = 6.0) -> dict[str, tuple[int, dict[str, int]]]:
+def arrivals(seed: int, count: int = 60, every: float = 12.0) -> dict[str, tuple[int, dict[str, int]]]:
     rng = random.Random(seed)
     steps, found = 0.0, {}
     for i in range(count):
         steps += rng.expovariate(1 / every)
-        found[f"r{i}"] = (int(steps), {"prompt": rng.randrange(1, 60), "tokens": rng.randrange(2, 60)})
+        found[f"r{i}"] = (int(steps), {"prompt": rng.randrange(1, 60), "tokens": rng.randrange(20, 80)})
     return found
 
 
@@ -182,6 +182,18 @@ def test_who_comes_late_waits_and_all_that_wait_enter_together(
     steps.run({"first": (0, {"tokens": 100}), **late})
     assert {steps.entered[name] for name in late} == {22 + WAIT}
     assert steps.scheduler.held == {}
+
+
+def test_the_log_says_how_long_requests_were_held_in_words_that_the_bench_reads(
+    scheduler: Callable[..., Steps], caplog: pytest.LogCaptureFixture
+) -> None:
+    from vllm_spec_plugins.tools.arrivals import Held
+
+    steps = scheduler()
+    steps.run({"first": (0, {"tokens": 100}), "late": (22, {}), "later": (30, {})})
+    caplog.clear()
+    steps.step()  # vLLM's last one, which tells the workers who has gone
+    assert Held.read(caplog.text) == Held(2, WAIT, WAIT)
 
 
 def test_who_waits_enters_as_soon_as_nothing_runs(scheduler: Callable[..., Steps]) -> None:
@@ -272,8 +284,11 @@ def test_a_prompt_in_progress_is_never_held_half_way(scheduler: Callable[..., St
     assert set(steps.ended) == {"first", "long", "behind"}
 
 
-def test_preempted_requests_resume_and_everything_ends(scheduler: Callable[..., Steps], seed: int) -> None:
-    steps = scheduler(blocks=12)
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_preempted_requests_resume_and_everything_ends(
+    scheduler: Callable[..., Steps], seed: int, asynchronous: bool
+) -> None:
+    steps = scheduler(blocks=12, asynchronous=asynchronous)
     coming = arrivals(seed, every=3.0)
     steps.run(coming)
     assert steps.preempted
