@@ -23,6 +23,7 @@ ACTIVE = "SPEC_PLUGINS_ACTIVE"
 def prepare(engine_args: Any, settings: Settings) -> None:
     """Before the configuration is made: check the arguments, apply the hooks, ask for room for the drafts."""
     support.check_version(installed_vllm())
+    support.check_scheduler(engine_args, settings)
     nodes, _ = method_of(settings).shape(settings)
     own = speculative_config(nodes) if nodes else None
     if engine_args.speculative_config != own:  # the arguments of a restarted engine carry it already
@@ -35,7 +36,11 @@ def prepare(engine_args: Any, settings: Settings) -> None:
 
 def check(config: Any, settings: Settings) -> None:
     """After the configuration is made: refuse what the plugin cannot serve, and say it when output is not exact."""
+    from vllm_spec_plugins.engine import cohorts
+
     support.check_engine(config, settings)
+    if (scheduler := cohorts.class_for(settings, config)) is not None:
+        config.scheduler_config.scheduler_cls = scheduler
     if not (rule := method_of(settings).rule(settings)).lossless:
         from vllm.logger import init_logger
 

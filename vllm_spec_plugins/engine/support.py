@@ -15,6 +15,7 @@ from vllm.tokenizers import get_tokenizer
 from vllm_spec_plugins.config import FLAG, SettingError, Settings
 from vllm_spec_plugins.engine import weights
 from vllm_spec_plugins.registry import Draft, Target, method_of
+from vllm_spec_plugins.settings import SkipDecodeSettings
 
 # Releases whose seams the hooks were written against and tested with.
 TESTED_RELEASES = ("0.32",)
@@ -37,6 +38,17 @@ def check_arguments(engine_args: Any, settings: Settings) -> None:
     if engine_args.speculative_config:
         raise SettingError(
             f"{FLAG} {settings.title}: conflicts with --speculative-config {engine_args.speculative_config}; give only one"
+        )
+
+
+def check_scheduler(engine_args: Any, settings: Settings) -> None:
+    """Raise SettingError when the user's scheduler stands where the plugin's own has to."""
+    if isinstance(settings, SkipDecodeSettings) and settings.cohort_wait and engine_args.scheduler_cls is not None:
+        cls = engine_args.scheduler_cls
+        name = cls if isinstance(cls, str) else f"{cls.__module__}.{cls.__qualname__}"
+        raise SettingError(
+            f"{FLAG} {settings.name}: cohort_wait={settings.cohort_wait} brings a scheduler of its own and conflicts with "
+            f"--scheduler-cls {name}; give only one, or use cohort_wait=0"
         )
 
 

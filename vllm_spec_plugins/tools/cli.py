@@ -19,7 +19,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_parser("doctor", help="check this installation, say what to do where it does not fit")
     commands.add_parser("demo", help="plain vLLM and a plugin side by side, on real servers", add_help=False)
     commands.add_parser(
-        "bench", help="measure speed, identity, JSON answers, distribution and acceptance", add_help=False
+        "bench",
+        help="measure speed, identity, JSON answers, distribution, acceptance, arrivals; simulate cohorts",
+        add_help=False,
     )
     commands.add_parser("train", help="train Medusa heads for a model", add_help=False)
     # The subcommands read what follows their name themselves, as `python -m` on their modules does.
