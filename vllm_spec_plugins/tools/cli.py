@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_parser(
         "bench", help="measure speed, identity, JSON answers, distribution and acceptance", add_help=False
     )
-    commands.add_parser("train", help="train Medusa heads for a model", add_help=False)
+    commands.add_parser("train", help="train Medusa heads, or a model for SkipDecode", add_help=False)
     # The subcommands read what follows their name themselves, as `python -m` on their modules does.
     arguments = parser.parse_args(given[:1])
 
