@@ -320,6 +320,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
     capsys.readouterr()
     assert cli.main([*arguments, "--resume", "--levels", "2", "--output", str(parts)]) == 2
     assert "is of a run with schedule=" in capsys.readouterr().out
+    (parts / "model.safetensors").write_bytes(b"half of a file")  # as one that was cut off while writing leaves it
     assert cli.main([*arguments, "--resume", "--output", str(parts)]) == 0
     assert "going on from step 3" in capsys.readouterr().out
     assert (parts / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
@@ -355,7 +356,8 @@ def test_evaluate_prints_both_losses_and_changes_nothing(
         (["--speedup", "2", "--data", "nowhere.txt"], "--data nowhere.txt: is no file"),
         (["--speedup", "2", "--model", "./nowhere"], "--model ./nowhere: cannot be loaded ("),
         (["--speedup", "2", "--resume"], "holds no interrupted run; leave --resume out"),
-        (["--speedup", "2", "--evaluate"], "goes with a run, and --evaluate is none"),
+        (["--speedup", "2", "--evaluate"], "--output: goes with a run, and --evaluate is none; leave one of them out"),
+        (["--speedup", "2", "--windows", "9"], "--windows: goes with --evaluate, and this is a run; leave it out"),
     ],
 )
 def test_wrong_input_stops_with_one_sentence(
@@ -373,6 +375,7 @@ def test_wrong_input_stops_with_one_sentence(
     [
         (["--output", TARGET], "holds a model already; choose another folder"),
         ([], "--output: is missing; give a folder for the checkpoint, or --evaluate"),
+        (["--evaluate", "--lr-warmup", "0.1"], "--lr-warmup: goes with a run, and --evaluate is none"),
         (["--evaluate", "--prompt", "40"], "--prompt 40: leaves no answer in windows of 32"),
         (["--evaluate", "--length", "1000000"], "too few for a window of 1000000"),
     ],

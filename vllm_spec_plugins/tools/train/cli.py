@@ -62,6 +62,7 @@ MODEL stays as it is; DIR becomes a checkpoint like it, with the schedule in ski
     vllm serve DIR --plugin skipdecode:speedup=2
 """
 SCHEDULE_KEYS = ("speedup", "max_layers", "min_layers", "warmup", "max_tokens", "levels")
+RUN_ONLY = ("output", "resume", "tokens", "lr", "lr_warmup", "seed", "loss", "anneal", "save_every")  # not --evaluate's
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -118,7 +119,7 @@ def _add_skipdecode(parser: argparse.ArgumentParser) -> None:
         type=_prompt,
         default=(32, 128),
         metavar="N-N",
-        help="tokens of a window's prompt, drawn for each step; one number: always so many (32-128)",
+        help="tokens of a window's prompt, drawn for each step, the middle for what is held out; or one number (32-128)",
     )
     parser.add_argument(
         "--loss",
@@ -203,7 +204,10 @@ def prepare(arguments: argparse.Namespace) -> Training | SkipDecodeTraining:
         raise TrainError(f"--resume: {output} holds no interrupted run; leave --resume out to start one")
     if not arguments.resume and state.exists():
         raise TrainError(f"--output {output}: holds an interrupted run; add --resume, or choose another folder")
-    if any((output / name).exists() for name in ("model.safetensors", "model.safetensors.index.json")):
+    # Beside a state it is a part of what was being written.
+    if not arguments.resume and any(
+        (output / name).exists() for name in ("model.safetensors", "model.safetensors.index.json")
+    ):
         raise TrainError(f"--output {output}: holds a model already; choose another folder")
     _check_data(arguments.data)
     output.mkdir(parents=True, exist_ok=True)
@@ -420,10 +424,15 @@ def _served(training: Training | SkipDecodeTraining, output: Path) -> str:
 
 
 def _check_evaluate(arguments: argparse.Namespace) -> None:
-    """Raises TrainError."""
-    if arguments.evaluate and (arguments.output or arguments.resume):
-        flag = "--resume" if arguments.resume else f"--output {arguments.output}"
-        raise TrainError(f"{flag}: goes with a run, and --evaluate is none; leave one of them out")
+    """Raises TrainError where what is given belongs to the other of a run and --evaluate."""
+    parser = argparse.ArgumentParser()
+    _add_skipdecode(parser)
+    names = RUN_ONLY if arguments.evaluate else ("windows",)
+    if given := [name for name in names if getattr(arguments, name) != parser.get_default(name)]:
+        flag = f"--{given[0].replace('_', '-')}"
+        if arguments.evaluate:
+            raise TrainError(f"{flag}: goes with a run, and --evaluate is none; leave one of them out")
+        raise TrainError(f"{flag}: goes with --evaluate, and this is a run; leave it out")
     if not arguments.evaluate and not arguments.output:
         raise TrainError("--output: is missing; give a folder for the checkpoint, or --evaluate to train nothing")
 

@@ -230,7 +230,8 @@ class SkipDecodeTraining(Run[SkipDecodePlan]):
         checkpoint.tokenizer.save_pretrained(part)
         (part / SCHEDULE).write_text(json.dumps(asdict(self.plan.schedule), indent=2) + "\n")
         for file in part.iterdir():
-            file.chmod(0o644)  # safetensors makes them private to their owner
+            if file.is_file():
+                file.chmod(0o644)  # safetensors makes its files private to their owner
             file.replace(folder / file.name)
         shutil.rmtree(part)
         self._store(torch.float32)
