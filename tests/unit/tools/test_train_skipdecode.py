@@ -376,7 +376,10 @@ def test_wrong_input_stops_with_one_sentence(
         (["--output", TARGET], "holds a model already; choose another folder"),
         ([], "--output: is missing; give a folder for the checkpoint, or --evaluate"),
         (["--evaluate", "--lr-warmup", "0.1"], "--lr-warmup: goes with a run, and --evaluate is none"),
-        (["--evaluate", "--prompt", "40"], "--prompt 40: leaves no answer in windows of 32"),
+        (
+            ["--evaluate", "--prompt", "40"],
+            "--length 32: leaves no answer behind a prompt of 40 tokens; use at least 42",
+        ),
         (["--evaluate", "--length", "1000000"], "too few for a window of 1000000"),
     ],
 )

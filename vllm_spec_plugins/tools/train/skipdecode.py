@@ -159,7 +159,7 @@ class SkipDecodePlan(RunPlan):
 
     Attributes:
         schedule: what the model is trained for.
-        prompt: least and most tokens of a window's prompt; each step draws its own.
+        prompt: least and most tokens of a window's prompt, at most length - 2; each step draws its own.
         loss: "answer": of the tokens that scheduled rows predict; "all": of the prompt's too.
         anneal: share of the run in which the budgets fall from all layers to the schedule's.
     """
@@ -178,11 +178,6 @@ class SkipDecodeTraining(Run[SkipDecodePlan]):
     """
 
     def __init__(self, base: ScheduledModel, stream: Tensor, plan: SkipDecodePlan) -> None:
-        if plan.prompt[1] > plan.length - 2:
-            raise TrainError(
-                f"--length {plan.length}: leaves no answer behind a prompt of {plan.prompt[1]} tokens; use at least "
-                f"{plan.prompt[1] + 2}, or a shorter --prompt"
-            )
         self.base = base
         super().__init__(base.model, base.device, stream, plan)
 
