@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from vllm_spec_plugins.config import FLAG, Given, SettingError, Settings, parse_plugins
+from vllm_spec_plugins.layers.schedule import Schedule
 from vllm_spec_plugins.proposers.base import Count, Counting, DraftModel, Proposer
 from vllm_spec_plugins.proposers.jacobi import JacobiProposer
 from vllm_spec_plugins.proposers.lookahead import LookaheadProposer
@@ -22,6 +23,7 @@ from vllm_spec_plugins.settings import (
     MedusaSettings,
     MixSettings,
     NoneSettings,
+    SkipDecodeSettings,
     SpecInferSettings,
     SpeculationSettings,
 )
@@ -84,6 +86,7 @@ class Method:
     rule        settings -> AcceptRule
     slots       settings -> K/V slots behind the root that its draft models write to
     check       settings, target: raises SettingError when they do not fit together; before the engine's processes start
+    schedule    settings, layers of the model -> Schedule, where rows run part of the layers; raises SettingError. LOSSY
     """
 
     settings: type[Settings]
@@ -91,6 +94,7 @@ class Method:
     rule: Callable[[Any], AcceptRule]
     check: Callable[[Any, Target], None] | None = None
     slots: Callable[[Any], int] = lambda _: 0
+    schedule: Callable[[Any, int], Schedule] | None = None
 
     def shape(self, settings: Settings) -> tuple[int, int]:
         """Nodes per tree without the root, and the depth of the deepest; (0, 0) without speculation."""
@@ -278,6 +282,9 @@ def _rule(settings: SpeculationSettings) -> AcceptRule:
 
 
 register(Method(NoneSettings, proposer=None, rule=lambda _: Walk()))
+register(
+    Method(SkipDecodeSettings, proposer=None, rule=lambda _: Walk(), schedule=SkipDecodeSettings.schedule),
+)
 register(Method(LookaheadSettings, proposer=_lookahead, rule=_rule))
 register(Method(JacobiSettings, proposer=_jacobi, rule=_rule))
 register(Method(MedusaSettings, proposer=_medusa, rule=_rule, check=_check_medusa))
@@ -320,6 +327,11 @@ def _mixture(given: Sequence[Settings]) -> MixSettings:
         )
     for source in sources:
         method = method_of(source)
+        if method.schedule is not None:
+            raise SettingError(
+                f"{FLAG} {source.name}: leaves out layers and proposes nothing, so it cannot be mixed ({others}); "
+                f"serve it alone"
+            )
         if method.proposer is None:
             raise SettingError(f"{FLAG} {source.name}: has nothing to mix with the others ({others}); leave it out")
         if not isinstance(method.rule(source), Walk):

@@ -35,10 +35,18 @@ def prepare(engine_args: Any, settings: Settings) -> None:
 
 def check(config: Any, settings: Settings) -> None:
     """After the configuration is made: refuse what the plugin cannot serve, and say it when output is not exact."""
-    support.check_engine(config, settings)
-    if not (rule := method_of(settings).rule(settings)).lossless:
-        from vllm.logger import init_logger
+    from vllm.logger import init_logger
 
+    support.check_engine(config, settings)
+    method = method_of(settings)
+    if method.schedule is not None:
+        init_logger(f"vllm.{__name__}").warning(
+            "%s %s is lossy: the later a token of an answer, the fewer layers it runs: %s",
+            FLAG,
+            settings.name,
+            method.schedule(settings, config.model_config.get_total_num_hidden_layers()),
+        )
+    if not (rule := method.rule(settings)).lossless:
         init_logger(f"vllm.{__name__}").warning(
             "%s %s: accept=%s is lossy: sampled text is not plain decoding's (greedy text is)",
             FLAG,

@@ -99,3 +99,9 @@ class Schedule:
     def key(self) -> tuple[int, ...]:
         """What tells two schedules' K/V apart."""
         return (self.num_layers, self.max_layers, self.min_layers, self.warmup, self.max_tokens, self.levels)
+
+    def __str__(self) -> str:
+        return (
+            f"{', '.join(map(str, self.distinct))} of {self.num_layers} layers over {self.max_tokens} tokens, "
+            f"{self.average:.1f} on average, the first {self.warmup} always"
+        )
