@@ -282,9 +282,6 @@ def _rule(settings: SpeculationSettings) -> AcceptRule:
 
 
 register(Method(NoneSettings, proposer=None, rule=lambda _: Walk()))
-register(
-    Method(SkipDecodeSettings, proposer=None, rule=lambda _: Walk(), schedule=SkipDecodeSettings.schedule),
-)
 register(Method(LookaheadSettings, proposer=_lookahead, rule=_rule))
 register(Method(JacobiSettings, proposer=_jacobi, rule=_rule))
 register(Method(MedusaSettings, proposer=_medusa, rule=_rule, check=_check_medusa))
@@ -298,6 +295,7 @@ register(
     )
 )
 register(Method(MixSettings, proposer=_mix, rule=_rule, check=_check_mix, slots=_mixed_slots))
+register(Method(SkipDecodeSettings, proposer=None, rule=lambda _: Walk(), schedule=SkipDecodeSettings.schedule))
 
 
 def plugins(value: Given) -> list[Settings]:

@@ -110,11 +110,6 @@ class Layers:
 
     def check_rows(self) -> None:
         """Raise UnsupportedModel unless layers can run on part of the rows."""
-        known = (HIDDEN, RESIDUAL, *POSITIONS)
-        if others := [p.name for p in self.parameters if p.name not in known]:
-            raise UnsupportedModel(
-                f"layers of {self.what} also take {', '.join(others)}, of which a row's part is not known"
-            )
         table = self.config.compilation_config.static_forward_context
         if shared := [name for name in self.names if getattr(table[name], "kv_sharing_target_layer_name", None)]:
             raise UnsupportedModel(
@@ -141,6 +136,11 @@ class Layers:
 
         def some(*args: Any, **kwargs: Any) -> Any:
             given = self.bind(args, kwargs)
+            for name, each in given.items():
+                if each is not None and name not in (HIDDEN, RESIDUAL, *POSITIONS):
+                    raise UnsupportedModel(
+                        f"layers of {self.what} are given {name}, of which a row's part is not known"
+                    )
             output = forward(**{name: each if each is None else each[rows] for name, each in given.items()})
             if not self.with_residual:
                 return given[HIDDEN].index_copy(0, rows, output)
