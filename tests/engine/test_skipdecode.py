@@ -12,10 +12,11 @@ import pytest
 import torch
 
 import vllm_spec_plugins
+from tests.engine import decoding
 from tests.engine.conftest import TARGET
 from tests.engine.skipdecode_reference import Decoder, falling
 from vllm_spec_plugins.config import SettingError
-from vllm_spec_plugins.engine import activation, skipdecode
+from vllm_spec_plugins.engine import activation, salts, skipdecode
 
 # Settings, and the layers that the first and the last token get by them.
 SCHEDULES: dict[str, tuple[dict[str, Any], int, int]] = {
@@ -230,13 +231,34 @@ def test_without_salts_a_second_turn_reads_what_was_never_computed(
     llm.reset_prefix_cache()
 
 
-def test_sampled_text_is_the_same_alone_and_among_others(start: Callable[..., Any], requests: Any) -> None:
-    prompts, counts = requests
-    llm = start("half")
-    sampling = {"temperature": 0.8, "top_p": 0.9, "seed": 7, "logprobs": 2}
-    together = generate(llm, prompts, counts, **sampling)
-    assert together != generate(llm, prompts, counts)
-    assert [generate(llm, [p], [n], **sampling)[0] for p, n in zip(prompts, counts, strict=True)] == together
+def test_only_blocks_that_end_behind_the_prompt_are_salted(start: Callable[..., Any]) -> None:
+    from vllm.v1.core import block_pool, kv_cache_utils
+    from vllm.v1.request import Request
+
+    scheduler = start("half").llm_engine.engine_core.engine_core.scheduler
+    request = Request("0", [5] * 40, params([4])[0], None, cache_salt="mine")
+    other = Request("1", [5] * 40, params([4])[0], None)
+    salts.mark(scheduler, request)
+    salt = ("skipdecode", (8, 5, 3, 1, 32, 4, 40))
+    for module in (kv_cache_utils, block_pool):  # hashes, events
+        keys = module.generate_block_hash_extra_keys
+        assert keys(request, 0, 32, 0) == ((("cache_salt", "mine"),), 0)
+        assert keys(request, 0, 40, 0) == keys(request, 0, 32, 0)
+        assert keys(request, 32, 64, 0) == keys(request, 40, 41, 0) == ((salt,), 0)
+        assert keys(request, 0, 64, 0) == ((("cache_salt", "mine"), salt), 0)
+        assert keys(other, 32, 64, 0) == (None, 0)
+
+
+@pytest.mark.parametrize("kind", ["mixed", "constrained"])
+def test_requests_of_every_kind_get_the_same_text_alone_and_among_others(
+    kind: str, start: Callable[..., Any], requests: Any
+) -> None:
+    prompts, llm = requests[0], start("half")
+    sampling = [decoding.SAMPLINGS[kind](i) for i in range(len(prompts))]
+    together, _ = decoding.generate(llm, prompts, sampling, max_tokens=40)
+    assert together != generate(llm, prompts, [40] * len(prompts))
+    for i in (0, 2, 3, 7):
+        assert decoding.generate(llm, prompts[i : i + 1], sampling[i : i + 1], max_tokens=40)[0] == together[i : i + 1]
 
 
 def test_engines_without_a_schedule_in_the_same_process_run_all_layers(

@@ -141,7 +141,9 @@ class Layers:
                     raise UnsupportedModel(
                         f"layers of {self.what} are given {name}, of which a row's part is not known"
                     )
-            output = forward(**{name: each if each is None else each[rows] for name, each in given.items()})
+            output = forward(
+                **{name: each if each is None else each.index_select(0, rows) for name, each in given.items()}
+            )
             if not self.with_residual:
                 return given[HIDDEN].index_copy(0, rows, output)
             hidden, residual = output
