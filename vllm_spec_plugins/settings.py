@@ -355,6 +355,11 @@ class SkipDecodeSettings(Settings):
             )
         if self.levels == 1:
             raise SettingError(f"{FLAG} {self.name}: levels=1 is no schedule; use levels=0 or 2 to 64")
+        if self.levels > self.max_tokens:
+            raise SettingError(
+                f"{FLAG} {self.name}: levels={self.levels} are more than the {self.max_tokens} places of max_tokens; "
+                f"use levels={self.max_tokens} or less"
+            )
 
     def schedule(self, num_layers: int) -> Schedule:
         """The schedule for a model. Raises SettingError when the model has too few layers."""

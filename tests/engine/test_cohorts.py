@@ -12,22 +12,11 @@ from typing import Any
 import pytest
 
 from tests.engine.conftest import TARGET
-from vllm_spec_plugins import CONFIG_KEY, registry
+from vllm_spec_plugins import CONFIG_KEY
 from vllm_spec_plugins.config import SettingError
-from vllm_spec_plugins.settings import SkipDecodeSettings
-from vllm_spec_plugins.tree.accept import Walk
 
 WAIT = 20
 SETTINGS = {"name": "skipdecode", "max_layers": 4, "min_layers": 2, "max_tokens": 32, "levels": 2}
-
-
-@pytest.fixture(autouse=True)
-def skipdecode(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Registered, also where the engine cannot run it."""
-    method = registry.METHODS.get("skipdecode") or registry.Method(
-        SkipDecodeSettings, proposer=None, rule=lambda _: Walk()
-    )
-    monkeypatch.setitem(registry.METHODS, "skipdecode", method)
 
 
 class Steps:
