@@ -10,11 +10,13 @@ from typing import Any
 import torch
 
 from vllm_spec_plugins.config import FLAG, Given, SettingError, Settings, parse_plugins
+from vllm_spec_plugins.layers.planner import Planner
 from vllm_spec_plugins.proposers.base import Count, Counting, DraftModel, Proposer
 from vllm_spec_plugins.proposers.jacobi import JacobiProposer
 from vllm_spec_plugins.proposers.lookahead import LookaheadProposer
 from vllm_spec_plugins.proposers.medusa import HeadShapes, MedusaHeads, MedusaProposer
 from vllm_spec_plugins.proposers.mixture import MixtureProposer
+from vllm_spec_plugins.proposers.self_draft import SelfDraftProposer
 from vllm_spec_plugins.proposers.specinfer import SpecInferProposer
 from vllm_spec_plugins.settings import (
     JacobiSettings,
@@ -22,6 +24,7 @@ from vllm_spec_plugins.settings import (
     MedusaSettings,
     MixSettings,
     NoneSettings,
+    SelfDraftSettings,
     SpecInferSettings,
     SpeculationSettings,
 )
@@ -32,8 +35,9 @@ from vllm_spec_plugins.tree.accept import AcceptRule, Typical, Walk
 class Surroundings:
     """What a proposer may know of the engine that it is built for.
 
-    `dtype` is that of the target's hidden states; `weights` reads a checkpoint's tensors by path or hub id and `draft` makes
-    a draft model for trees of so many nodes, None where only the shape of the trees is asked for.
+    `dtype` is that of the target's hidden states, `num_layers` its depth. `weights` reads a checkpoint's tensors by path or hub
+    id, `draft` makes a draft model for trees of so many nodes and `shallow` one of part of the target; they are None where only
+    the shape of the trees is asked for.
     """
 
     max_requests: int
@@ -44,6 +48,8 @@ class Surroundings:
     dtype: torch.dtype = torch.float32
     weights: Callable[[str], Iterable[tuple[str, torch.Tensor]]] | None = None
     draft: Callable[[str, int], DraftModel] | None = None
+    shallow: Callable[[Planner], DraftModel] | None = None
+    num_layers: int = 0
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,8 @@ class Target:
     hidden_size: int
     vocab_size: int
     max_model_len: int
+    num_layers: int
+    lora: bool
     shapes: Callable[[str], Mapping[str, tuple[int, ...]]]
     draft: Callable[[str], Draft]
 
@@ -114,7 +122,7 @@ METHODS: dict[str, Method] = {}
 
 def register(method: Method) -> None:
     """Enter a method. Refuses, at once, one that lacks what the engine will ask for."""
-    settings = method.settings()
+    settings = method.settings()  # unchecked: what must be given is missing
     name = settings.name
     if name in METHODS:
         raise ValueError(f"method {name!r} is registered already")
@@ -249,6 +257,24 @@ def _check_draft(name: str, target: Target) -> None:
         )
 
 
+def _self_draft(settings: SelfDraftSettings, around: Surroundings) -> SelfDraftProposer:
+    return SelfDraftProposer(
+        None if around.shallow is None else around.shallow(settings.planner(around.num_layers)),
+        nodes=settings.nodes,
+        depth=settings.depth,
+        ranks=settings.ranks,
+        min_chance=settings.min_chance,
+    )
+
+
+def _check_self_draft(settings: SelfDraftSettings, target: Target) -> None:
+    if target.lora:
+        raise SettingError(
+            f"{FLAG} {settings.name}: --enable-lora is not supported: a draft's rows have no adapters; start without it"
+        )
+    settings.planner(target.num_layers)
+
+
 def _mix(settings: MixSettings, around: Surroundings) -> MixtureProposer:
     return MixtureProposer(
         [proposer_of(source, around) for source in settings.sources],
@@ -288,6 +314,15 @@ register(
         rule=_rule,
         check=_check_specinfer,
         slots=lambda settings: settings.most_nodes,
+    )
+)
+register(
+    Method(
+        SelfDraftSettings,
+        proposer=_self_draft,
+        rule=_rule,
+        check=_check_self_draft,
+        slots=lambda settings: settings.nodes,
     )
 )
 register(Method(MixSettings, proposer=_mix, rule=_rule, check=_check_mix, slots=_mixed_slots))

@@ -12,6 +12,8 @@ from typing import Any, ClassVar, Self
 
 from vllm_spec_plugins import choices as tree_choices
 from vllm_spec_plugins.config import FLAG, SettingError, Settings, setting
+from vllm_spec_plugins.layers.plan import LayerPlan
+from vllm_spec_plugins.layers.planner import FixedPlan, Planner, ScheduledPlan
 from vllm_spec_plugins.layers.schedule import Schedule
 
 
@@ -223,6 +225,53 @@ class SpecInferSettings(SpeculationSettings):
     def expansion(self) -> list[int]:
         """`widths` as numbers; empty where the tree is grown."""
         return [int(width) for width in self.widths.split("-")] if self.widths else []
+
+
+@dataclass(frozen=True)
+class SelfDraftSettings(SpeculationSettings):
+    """Self-speculation: part of the target's own layers drafts, all of them verify (LayerSkip, arXiv 2404.16710; Draft &
+    Verify, arXiv 2309.08168; SkipDecode's schedule, arXiv 2307.02628, made lossless).
+    """
+
+    name: ClassVar[str] = "self-draft"
+
+    exit_layer: int | None = setting(None, "draft with this many of the first layers", least=1, most=1024)
+    skip: str = setting("", "draft without these blocks, as 3-4a-5m: all of layer 3, attention of 4, MLP of 5")
+    speedup: float | None = setting(None, "draft by SkipDecode's schedule: layers by its average", least=1, most=16)
+    max_tokens: int | None = setting(None, "speedup: tokens over which the schedule falls (256)", least=2, most=1 << 20)
+    nodes: int = setting(16, "most tree nodes per step", least=1, most=128)
+    depth: int = setting(6, "most levels, each a pass through part of the target", least=1, most=16)
+    ranks: int = setting(3, "candidates per node", least=1, most=32)
+    min_chance: float = setting(
+        0.06, "a node is verified only if it is this likely to be accepted", least=0.0, most=1.0
+    )
+
+    def check(self) -> None:
+        super().check()
+        given = [key for key in ("exit_layer", "skip", "speedup") if getattr(self, key)]
+        if len(given) != 1:
+            raise SettingError(
+                f"{FLAG} {self.name}: {' and '.join(given) or 'none'} of exit_layer, skip and speedup given; give one of them"
+            )
+        if self.max_tokens is not None and self.speedup is None:
+            raise SettingError(f"{FLAG} {self.name}: max_tokens={self.max_tokens} belongs to speedup; give both")
+
+    def planner(self, num_layers: int) -> Planner:
+        """What drafts in a model of `num_layers`. Raises SettingError when it has not that many."""
+        if self.speedup is not None:
+            return ScheduledPlan(Schedule.for_speedup(num_layers, self.speedup, max_tokens=self.max_tokens or 256))
+        if self.exit_layer is None:
+            try:
+                plan = LayerPlan.parse_skip(self.skip, num_layers)
+            except ValueError as error:
+                raise SettingError(f"{FLAG} {self.name}: skip={self.skip} {error}") from error
+            return FixedPlan(plan)
+        if self.exit_layer >= num_layers:
+            raise SettingError(
+                f"{FLAG} {self.name}: exit_layer={self.exit_layer} leaves nothing out of a model of {num_layers} layers; "
+                f"use exit_layer={num_layers - 1} or less"
+            )
+        return FixedPlan(LayerPlan.prefix(num_layers, self.exit_layer))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A draft model in the engine: its layers beside the target's, its K/V in the same blocks.
+"""What drafts in the engine writes K/V to the target's blocks; a draft model has layers of its own beside the target's.
 
-The draft's keys and values of a token stand in the block and at the offset where the target's stand, in caches of the
+A draft model's keys and values of a token stand in the block and at the offset where the target's stand, in caches of the
 draft's own layers. So there is one block table, prefix caching covers the draft as well, and a prompt is read once.
 Nodes of the tree that is being grown stand behind the root, in the order in which the draft gets them: slots that the
 scheduler keeps for it (`VllmConfig.num_lookahead_tokens`). Those whose tokens come true are moved to where the target's will
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from vllm.compilation.backends import set_model_tag
 from vllm.config import ModelConfig, VllmConfig, get_layers_from_vllm_config, replace
 from vllm.config.compilation import CUDAGraphMode
@@ -54,7 +54,7 @@ def model_config(target: ModelConfig, model: str) -> ModelConfig:
 
 
 @dataclass(eq=False)
-class _Step:
+class Step:
     """The batch that trees are grown for: its requests' slots [B], the positions of their roots [B], their blocks [B, M]."""
 
     slots: np.ndarray
@@ -62,43 +62,32 @@ class _Step:
     table: Tensor
 
 
-class Drafter:
-    """One draft model (`proposers.base.DraftModel`).
+class PagedDraft:
+    """What drafts over the target's block table (`proposers.base.DraftModel`): nodes get slots behind the root.
 
-    Made with the speculator, loaded after the target, bound to its K/V caches when those exist.
+    Made with the speculator, loaded after the target, bound to K/V caches when those exist.
 
-    Args:
-        number: tells the layers of several draft models apart.
-        nodes: N, most nodes per tree.
+    Attributes:
+        what: the draft, in a sentence.
+        step: the batch that trees are grown for.
+        model: of the forward passes.
+        layers: its attention layers, by their names in vLLM's table of layers.
+        own: those that are not the target's.
     """
 
-    def __init__(self, vllm_config: VllmConfig, model: str, number: int, req_states: RequestState, nodes: int) -> None:
-        self.target_config, self.model_name, self.number = vllm_config, model, number
-        self.req_states = req_states
-        self.max_tokens = vllm_config.scheduler_config.max_num_batched_tokens
-        self.max_len = req_states.max_model_len
-        requests = req_states.max_num_reqs
-        # Tokens whose K/V is there, per request: always a prefix.
-        self.seen = np.zeros(requests, dtype=np.int64)
-        # The nodes that the draft has got, and the root that they stand below; -1 = none.
-        self.tokens = np.full((requests, nodes), -1, dtype=np.int64)
-        self.parents = np.zeros((requests, nodes), dtype=np.int64)
-        self.grown_at = np.full(requests, -1, dtype=np.int64)
-        self.layers: list[str] = []
+    what: str
+    step: Step
 
-    def load(self) -> None:
-        """Load the weights; the layers enter the target's table of layers."""
-        kind: Any = AttentionLayerBase
-        before = set(get_layers_from_vllm_config(self.target_config, kind))
-        config = replace(
-            self.target_config,
-            model_config=model_config(self.target_config.model_config, self.model_name),
-            quant_config=None,
-        )
-        with set_model_tag(f"draft_{self.number}"):
-            self.model = get_model(vllm_config=config, prefix=f"draft_{self.number}")
-        after = get_layers_from_vllm_config(self.target_config, kind)
-        self.layers = [name for name in after if name not in before]
+    def __init__(self, vllm_config: VllmConfig, req_states: RequestState) -> None:
+        self.target_config, self.req_states = vllm_config, req_states
+        self.max_len = req_states.max_model_len
+        self.model: Any = None
+        self.layers: list[str] = []
+        self.own: list[str] = []
+
+    def load(self, target: nn.Module) -> None:
+        """The target is loaded, its K/V caches are not made yet."""
+        raise NotImplementedError
 
     def warm(self, count: int) -> None:
         """A forward pass over `count` tokens that come to nothing: what is compiled is compiled then."""
@@ -111,8 +100,8 @@ class Drafter:
         groups = [i for i, group in enumerate(kv_cache_config.kv_cache_groups) if own & set(group.layer_names)]
         if len(groups) != 1:
             raise RuntimeError(
-                f"--plugin: the layers of draft model {self.model_name} stand in {len(groups)} K/V cache groups, not in one: "
-                f"use a draft with full attention in every layer"
+                f"--plugin: the layers of {self.what} stand in {len(groups)} K/V cache groups, not in one: use a model with "
+                f"full attention in every layer"
             )
         (group,) = groups
         self.block_size = block_tables.block_sizes[group]
@@ -125,6 +114,93 @@ class Drafter:
         self.caches = [layers[name].kv_cache for name in self.layers]
 
     def add_request(self, slot: int, computed: int) -> None:
+        """A request moves into `slot` with `computed` tokens in the prefix cache."""
+
+    def begin(self, ctx: StepContext) -> Tensor:
+        """See `DraftModel`."""
+        raise NotImplementedError
+
+    def extend(self, tree: TokenTree, request: Tensor, row: Tensor) -> Tensor:
+        """See `DraftModel`."""
+        return self._grow(tree, request, row, tree.tokens[request, row - 1])
+
+    def _grow(self, tree: TokenTree, request: Tensor, row: Tensor, token: Tensor) -> Tensor:
+        """[M, V] float32: the logits behind rows `row` [M] (0 = the root) of trees, which hold `token` [M]."""
+        step, nodes = self.step, tree.tokens.shape[1]
+        roots = torch.from_numpy(step.roots)
+        place = roots[request] + row
+        position = (roots[request] + tree.depth[request, row]).clamp(max=self.max_len - 1)
+        slot = torch.where(place < self.max_len, self._slots(step.table, request, place), _NO_SLOT)
+        rows = attention.TreeRows(
+            num_tokens=len(row),
+            request=request,
+            prefix=roots,
+            behind=(self.max_len - roots).clamp(max=nodes + 1),
+            sees=tree.ancestors()[request, row],
+            table=step.table,
+            block_size=self.block_size,
+        )
+        metadata = attention.only_trees(rows, slot)
+        return self.model.compute_logits(self._run(token, position, dict.fromkeys(self.layers, metadata), slot)).float()
+
+    def _slots(self, table: Tensor, request: Tensor, place: Tensor) -> Tensor:
+        """[M] int64 slots of positions `place` [M] of requests `request` [M], rows of `table`."""
+        index = (place // self.block_size).clamp(max=table.shape[1] - 1)
+        return table[request, index].long() * self.block_size + place % self.block_size
+
+    def _run(self, token: Tensor, position: Tensor, metadata: dict[str, Any] | None, slot: Tensor | None) -> Tensor:
+        """[M, H] hidden states of one forward pass; without metadata there is no attention."""
+        with set_forward_context(
+            metadata,
+            self.target_config,
+            num_tokens=len(token),
+            cudagraph_runtime_mode=CUDAGraphMode.NONE,
+            batch_descriptor=BatchDescriptor(num_tokens=len(token)),
+            slot_mapping=None if slot is None else dict.fromkeys(self.layers, slot),
+        ):
+            return self._forward(token, position)
+
+    def _forward(self, token: Tensor, position: Tensor) -> Tensor:
+        """[M, H], inside the forward context."""
+        hidden = self.model(input_ids=token.int(), positions=position)
+        return hidden[0] if isinstance(hidden, tuple) else hidden
+
+
+class Drafter(PagedDraft):
+    """A draft model of its own.
+
+    Args:
+        number: tells the layers of several draft models apart.
+        nodes: N, most nodes per tree.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, model: str, number: int, req_states: RequestState, nodes: int) -> None:
+        super().__init__(vllm_config, req_states)
+        self.model_name, self.number, self.what = model, number, f"draft model {model}"
+        self.max_tokens = vllm_config.scheduler_config.max_num_batched_tokens
+        requests = req_states.max_num_reqs
+        # Tokens whose K/V is there, per request: always a prefix.
+        self.seen = np.zeros(requests, dtype=np.int64)
+        # The nodes that the draft has got, and the root that they stand below; -1 = none.
+        self.tokens = np.full((requests, nodes), -1, dtype=np.int64)
+        self.parents = np.zeros((requests, nodes), dtype=np.int64)
+        self.grown_at = np.full(requests, -1, dtype=np.int64)
+
+    def load(self, target: nn.Module) -> None:
+        """Load the weights; the layers enter the target's table of layers."""
+        kind: Any = AttentionLayerBase
+        before = set(get_layers_from_vllm_config(self.target_config, kind))
+        config = replace(
+            self.target_config,
+            model_config=model_config(self.target_config.model_config, self.model_name),
+            quant_config=None,
+        )
+        with set_model_tag(f"draft_{self.number}"):
+            self.model = get_model(vllm_config=config, prefix=f"draft_{self.number}")
+        after = get_layers_from_vllm_config(self.target_config, kind)
+        self.layers = self.own = [name for name in after if name not in before]
+
+    def add_request(self, slot: int, computed: int) -> None:
         """A request moves into `slot` with `computed` tokens in the prefix cache, the draft's K/V with them."""
         self.seen[slot], self.grown_at[slot] = computed, -1
 
@@ -134,7 +210,7 @@ class Drafter:
         # A request inside its prompt has no root yet: the draft reads what the target has read.
         ends = self.req_states.num_computed_tokens.gpu.numpy()[slots].astype(np.int64) + emitted
         self._keep(slots, ends)
-        self.step = _Step(slots, ends - 1, self.table[ctx.slots])
+        self.step = Step(slots, ends - 1, self.table[ctx.slots])
         last: list[Tensor | None] = [None] * len(slots)
         first, todo = self.seen[slots], ends - self.seen[slots]
         while todo.any():
@@ -151,25 +227,9 @@ class Drafter:
         return self.model.compute_logits(torch.stack(last)).float()  # type: ignore[arg-type]
 
     def extend(self, tree: TokenTree, request: Tensor, row: Tensor) -> Tensor:
-        step = self.step
-        nodes = tree.tokens.shape[1]
-        self.tokens[step.slots, :nodes], self.parents[step.slots, :nodes] = tree.tokens.numpy(), tree.parents.numpy()
-        roots = torch.from_numpy(step.roots)
-        place = roots[request] + row
-        position = (roots[request] + tree.depth[request, row]).clamp(max=self.max_len - 1)
-        slot = torch.where(place < self.max_len, self._slots(step.table, request, place), _NO_SLOT)
-        rows = attention.TreeRows(
-            num_tokens=len(row),
-            request=request,
-            prefix=roots,
-            behind=(self.max_len - roots).clamp(max=nodes + 1),
-            sees=tree.ancestors()[request, row],
-            table=step.table,
-            block_size=self.block_size,
-        )
-        metadata = attention.only_trees(rows, slot)
-        token = tree.tokens[request, row - 1]
-        return self.model.compute_logits(self._run(token, position, dict.fromkeys(self.layers, metadata), slot)).float()
+        slots, nodes = self.step.slots, tree.tokens.shape[1]
+        self.tokens[slots, :nodes], self.parents[slots, :nodes] = tree.tokens.numpy(), tree.parents.numpy()
+        return super().extend(tree, request, row)
 
     def _keep(self, slots: np.ndarray, ends: np.ndarray) -> None:
         """Move the K/V of the nodes that have come true; the new roots are read anew, for their logits."""
@@ -215,21 +275,3 @@ class Drafter:
             metadata |= dict.fromkeys(group.layer_names, group.get_metadata_builder(0).build(0, common))
         hidden = self._run(torch.from_numpy(token), position, metadata, slot)
         return hidden[bounds[1:].long() - 1]
-
-    def _slots(self, table: Tensor, request: Tensor, place: Tensor) -> Tensor:
-        """[M] int64 slots of positions `place` [M] of requests `request` [M], rows of `table`."""
-        index = (place // self.block_size).clamp(max=table.shape[1] - 1)
-        return table[request, index].long() * self.block_size + place % self.block_size
-
-    def _run(self, token: Tensor, position: Tensor, metadata: dict[str, Any] | None, slot: Tensor | None) -> Tensor:
-        """[M, H] hidden states of one forward pass; without metadata there is no attention."""
-        with set_forward_context(
-            metadata,
-            self.target_config,
-            num_tokens=len(token),
-            cudagraph_runtime_mode=CUDAGraphMode.NONE,
-            batch_descriptor=BatchDescriptor(num_tokens=len(token)),
-            slot_mapping=None if slot is None else dict.fromkeys(self.layers, slot),
-        ):
-            hidden = self.model(input_ids=token.int(), positions=position)
-        return hidden[0] if isinstance(hidden, tuple) else hidden

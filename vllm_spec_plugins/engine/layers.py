@@ -59,7 +59,7 @@ class Layers:
 
     @contextmanager
     def running(self, plan: LayerPlan, after: Callable[[int, Tensor], None] | None = None) -> Iterator[None]:
-        """Forward passes inside run `plan`; the forward context must say `skip_compiled`, see `part`.
+        """Forward passes inside run `plan`. Compiled code has its control flow baked in: see `skip_compiled`.
 
         Args:
             after: called with the number of a layer that has run and the residual stream [n, H] behind it.
@@ -87,12 +87,6 @@ class Layers:
         finally:
             for module in replaced:
                 del module.__dict__["forward"]
-
-    @contextmanager
-    def part(self, plan: LayerPlan, **context: Any) -> Iterator[None]:
-        """`running` inside a forward context of its own, where compiled code is left out: it has its control flow baked in."""
-        with set_forward_context(vllm_config=self.config, skip_compiled=True, **context), self.running(plan):
-            yield
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """A layer's arguments by name."""

@@ -47,7 +47,7 @@ class TreeModelState(ModelState):
         # The target is loaded, its caches are not made yet: the moment for the models beside it.
         self.speculator: TreeSpeculator = cast("Any", sampler.req_states).speculator
         for drafter in self.speculator.drafters:
-            drafter.load()
+            drafter.load(self.model)
         self.state = cast("Any", sampler.req_states).tree_state
         settings = settings_of(self.vllm_config)
         assert settings is not None
@@ -72,7 +72,7 @@ class TreeModelState(ModelState):
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables) -> None:
         super().initialize_kv_cache(kv_cache_config, block_tables)
         self._block_tables = block_tables
-        self._draft_layers = frozenset(name for drafter in self.speculator.drafters for name in drafter.layers)
+        self._draft_layers = frozenset(name for drafter in self.speculator.drafters for name in drafter.own)
         layers = self.vllm_config.compilation_config.static_forward_context
         self._caches = []  # per K/V cache group, per layer
         kinds = set()  # of cache layouts: the target's, and each draft model's

@@ -21,9 +21,11 @@ from vllm.v1.worker.gpu.states import RequestState
 from vllm_spec_plugins.compiled import loops_for
 from vllm_spec_plugins.config import Settings
 from vllm_spec_plugins.engine import weights
-from vllm_spec_plugins.engine.drafter import Drafter
+from vllm_spec_plugins.engine.drafter import Drafter, PagedDraft
 from vllm_spec_plugins.engine.scheduling import TreeDraftTokenIds
+from vllm_spec_plugins.engine.shallow import ShallowDraft
 from vllm_spec_plugins.engine.state import TreeState, Verified
+from vllm_spec_plugins.layers.planner import Planner
 from vllm_spec_plugins.proposers.base import Counting, StepContext
 from vllm_spec_plugins.registry import Surroundings, method_of
 from vllm_spec_plugins.tree.accept import Acceptance, Walk
@@ -43,10 +45,14 @@ class TreeSpeculator(BaseSpeculator):
         assert method.proposer is not None
         self.hidden_size, self.dtype = vllm_config.model_config.get_hidden_size(), vllm_config.model_config.dtype
         self.req_states = req_states
-        self.drafters: list[Drafter] = []
+        self.drafters: list[PagedDraft] = []
 
-        def draft(model: str, nodes: int) -> Drafter:
+        def draft(model: str, nodes: int) -> PagedDraft:
             self.drafters.append(Drafter(vllm_config, model, len(self.drafters), req_states, nodes))
+            return self.drafters[-1]
+
+        def shallow(planner: Planner) -> PagedDraft:
+            self.drafters.append(ShallowDraft(vllm_config, req_states, planner))
             return self.drafters[-1]
 
         # Placeholders of an asynchronous step are computed whatever they are: they must be tokens.
@@ -62,6 +68,8 @@ class TreeSpeculator(BaseSpeculator):
                 dtype=vllm_config.model_config.dtype,
                 weights=lambda model: weights.tensors(model, vllm_config.load_config),
                 draft=draft,
+                shallow=shallow,
+                num_layers=vllm_config.model_config.get_total_num_hidden_layers(),
             ),
         )
         if self.proposer.num_nodes != vllm_config.num_speculative_tokens:

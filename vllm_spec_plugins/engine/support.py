@@ -53,6 +53,8 @@ def check_engine(config: VllmConfig, settings: Settings) -> None:
             hidden_size=model.get_hidden_size(),
             vocab_size=model.get_vocab_size(),
             max_model_len=model.max_model_len,
+            num_layers=model.get_total_num_hidden_layers(),
+            lora=config.lora_config is not None,
             shapes=partial(weights.shapes, load=config.load_config),
             draft=partial(_draft, model),
         )

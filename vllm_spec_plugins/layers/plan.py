@@ -7,6 +7,7 @@ skipped adds nothing, so every subset of blocks is a model.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -55,6 +56,21 @@ class LayerPlan:
                 raise ValueError(f"there is no layer {layer} in a model of {num_layers}")
         every = range(num_layers)
         return cls(tuple(i not in attention for i in every), tuple(i not in mlp for i in every))
+
+    @classmethod
+    def parse_skip(cls, text: str, num_layers: int) -> LayerPlan:
+        """The plan without the blocks of `3-4a-5m`: all of layer 3, attention of 4, MLP of 5. Raises ValueError, whose message
+        goes on from the text.
+        """
+        skipped: dict[str, list[int]] = {"a": [], "m": []}
+        for item in text.split("-"):
+            if not (found := re.fullmatch(r"(\d+)([am]?)", item.strip())):
+                raise ValueError(f"holds {item!r}; write layers with dashes between, as 3-4a-5m")
+            if int(found[1]) >= num_layers:
+                raise ValueError(f"names layer {found[1]}; the model has layers 0 to {num_layers - 1}")
+            for block in found[2] or "am":
+                skipped[block].append(int(found[1]))
+        return cls.skipping(num_layers, attention=skipped["a"], mlp=skipped["m"])
 
     @property
     def num_layers(self) -> int:
