@@ -88,6 +88,12 @@ class Layers:
             for module in replaced:
                 del module.__dict__["forward"]
 
+    def blocks(self, number: int) -> tuple[nn.Module, list[nn.Module]]:
+        """A layer's attention block and the modules of its MLP block."""
+        found = self._blocks[number]
+        assert found is not None, "checked when the layers were found"
+        return found
+
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """A layer's arguments by name."""
         return dict(zip((p.name for p in self.parameters), args, strict=False)) | kwargs

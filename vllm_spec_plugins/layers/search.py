@@ -12,7 +12,7 @@ the same plan.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -76,7 +76,7 @@ class Score(NamedTuple):
 
 
 class SkipSearch:
-    """A search in rounds: `propose` a plan, `tell` its score.
+    """A search in rounds: `propose` a plan, `tell` its score. All that it does follows from its settings and what it was told.
 
     Args:
         num_layers: L of the model.
@@ -90,7 +90,8 @@ class SkipSearch:
     Attributes:
         best: the best plan so far.
         agreement: what is known of its agreement; None before its first score.
-        scores: all that it was told.
+        scores: all that it was told, in order; telling another search the same resumes this one.
+        challenger: a plan that is to be scored again, on other text, before it can be the best; None: there is none.
 
     Raises ValueError for a model without a layer between the first and the last.
     """
@@ -116,12 +117,12 @@ class SkipSearch:
         wanted = skip_share * 2 * num_layers
         self.most = int(min(free, max(1, round(wanted * 4 / 3))))
         self.least = int(min(self.most, max(1, round(wanted * 2 / 3))))
-        self.rng = np.random.default_rng(seed)
+        self.seed = seed
         self.best = start or self._evenly(round(skip_share * num_layers))
         self.agreement: float | None = None
         self.scores: list[Score] = []
         self._known: dict[LayerPlan, tuple[float, int]] = {}  # agreement beside the best plan's, and of how many tokens
-        self._waiting = [self.best, *(plan for plan in self._exits() if plan != self.best)]
+        self._first = list(dict.fromkeys((self.best, *self._exits())))
         self._proposed: LayerPlan | None = None
         self._improved_at = 0
         self._exhausted = False
@@ -130,58 +131,47 @@ class SkipSearch:
     @property
     def settled(self) -> bool:
         """The search is over."""
-        since = len(self.scores) - self._improved_at
-        return self._exhausted or len(self.scores) >= self.rounds or (not self._waiting and since >= self.patience)
+        since = len(self.scores) - max(self._improved_at, len(self._first))
+        return self._exhausted or len(self.scores) >= self.rounds or since >= self.patience
 
     def value(self, agreement: float, plan: LayerPlan) -> float:
         """Tokens per cost of `plan` if its guesses agree so often."""
         return float(tokens_per_cost(np.array([agreement]), np.array([self.costs.of(plan)]), self.depth)[0])
 
     def propose(self) -> LayerPlan:
-        """The plan to be scored next; the same one until it was told. After a settled search, `best`."""
-        if self.settled:
-            return self.best
-        if self._proposed is None:
-            self._proposed = self._waiting.pop(0) if self._waiting else self._candidate()
+        """The plan to be scored next; the same one until something is told. After a settled search, `best`."""
+        if self._proposed is None and not self.settled:
+            first = next((plan for plan in self._first if plan not in self._known), None)
+            self._proposed = first or self._candidate()
         return self._proposed or self.best
 
     def tell(self, plan: LayerPlan, agreement: float, reference: float | None = None, tokens: int = 0) -> None:
-        """A score, see `Score`.
+        """A score, see `Score`. The first is that of the best plan.
 
-        A plan that is better than the best one on some text is the `challenger` until it was told again, of other text: the
+        With `tokens`, a plan that is better than the best one is the `challenger` until it is told again, of other text: the
         highest of many scores is too high, a second one is not.
         """
+        if self.agreement is None and plan != self.best:
+            raise ValueError(f"the first score is that of the best plan, {self.best}")
         self.scores.append(Score(plan, agreement, reference, tokens))
-        if plan == self._proposed:
-            self._proposed = None
-        if self.agreement is None:
-            if plan != self.best:
-                raise ValueError("the first score is that of the best plan")
-            self.agreement = agreement
-        if reference is not None:  # so much harder or easier was this text
-            agreement_here, agreement = agreement, float(np.clip(agreement + self.agreement - reference, 0.0, 1.0))
-        else:
-            agreement_here, reference = agreement, self.agreement
+        self._proposed = None
+        # What it would be beside the best plan's usual agreement: this text may be harder, or easier.
+        usual = agreement if reference is None else agreement + (self.agreement or 0.0) - reference
         before, weight = self._known.get(plan, (0.0, 0))
-        self._known[plan] = _pooled(before, weight, agreement, tokens)
+        share = tokens / (weight + tokens) if tokens else 1.0
+        self._known[plan] = (float(np.clip(before + (usual - before) * share, 0.0, 1.0)), weight + tokens)
         if plan == self.best:
             self.agreement = self._known[plan][0]
             return
-        better = self.value(agreement_here, plan) > self.value(reference, self.best)
-        confirmed = tokens == 0 or plan == self.challenger
-        if plan == self.challenger:
-            self.challenger = None
-        if better and confirmed:
+        assert self.agreement is not None
+        again, self.challenger = plan == self.challenger, None if plan == self.challenger else self.challenger
+        if self.value(agreement, plan) <= self.value(self.agreement if reference is None else reference, self.best):
+            return
+        if again or not tokens:
             self.best, self.agreement = plan, self._known[plan][0]
             self._improved_at = len(self.scores)
-        elif better:
+        else:
             self.challenger = plan
-
-    def resume(self, scores: Iterable[Score]) -> None:
-        """Be where a search of the same settings was that had been told `scores`."""
-        for score in scores:
-            self.propose()
-            self.tell(*score)
 
     def _evenly(self, skipped: int) -> LayerPlan:
         between = self.num_layers - 2
@@ -196,6 +186,7 @@ class SkipSearch:
 
     def _candidate(self) -> LayerPlan | None:
         turn = len(self.scores)
+        self.rng = np.random.default_rng((self.seed, turn))
         by_model = turn % self.model_every == 0
         if by_model:
             runs = np.concatenate((self._random(POOL), self._near(self._leaders(), POOL)))
@@ -280,12 +271,6 @@ def posterior(
     cross = np.linalg.solve(factor, kernel(known, asked))
     mean = centre + cross.T @ np.linalg.solve(factor, values - centre)
     return mean, np.sqrt(np.maximum(variance - (cross**2).sum(0), 1e-12))
-
-
-def _pooled(mean: float, weight: int, value: float, tokens: int) -> tuple[float, int]:
-    if tokens == 0:
-        return value, 0
-    return (mean * weight + value * tokens) / (weight + tokens), weight + tokens
 
 
 def _runs(plan: LayerPlan) -> np.ndarray:

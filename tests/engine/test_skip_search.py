@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A draft that looks for its skip set while it serves: the same text, the same K/V, and scores that are the part's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import vllm_spec_plugins
+from tests.engine.conftest import TARGET
+from tests.engine.decoding import SAMPLINGS, generate
+from tests.models.llama import load_checkpoint, rms_norm
+from vllm_spec_plugins.layers.plan import LayerPlan
+
+LAYERS = 8
+# Scores as often as the text allows.
+EAGER = {"min_chance": 0.0, "adapt": False, "skip": "auto", "search_every": 1, "search_budget": 10.0}
+
+
+@pytest.fixture(scope="module")
+def plain(engine: Callable[..., Any]) -> Any:
+    return engine(vllm_spec_plugins.engine_args("none"))
+
+
+@pytest.fixture(scope="module")
+def searching(engine: Callable[..., Any], plain: Any) -> Any:
+    return engine(vllm_spec_plugins.engine_args("self-draft", **EAGER))
+
+
+def scorer(llm: Any) -> Any:
+    return llm.llm_engine.model_executor.driver_worker.worker.model_runner.speculator.drafters[0].scorer
+
+
+def test_scoring_leaves_text_and_kv_cache_as_they_are_and_counts_what_the_part_guesses_alone(
+    plain: Any, searching: Any, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone, one, plans = load_checkpoint(TARGET), scorer(searching), set()
+    score = one.score
+
+    def check(plan: LayerPlan, text: Any) -> int:
+        before = [cache.clone() for cache in one.draft.caches]
+        found = score(plan, text)
+        assert all(torch.equal(cache, old) for cache, old in zip(one.draft.caches, before, strict=True))
+        plans.add(plan)
+        if plan == LayerPlan.prefix(LAYERS, plan.exit_layer):  # whose K/V is the whole model's
+            known = one.draft.req_states.all_token_ids.gpu[text.slot, : text.first + text.count + 1].long()
+            with torch.inference_mode():
+                stream = alone.hidden(known[None, :-1], exits=(plan.exit_layer,))[0][0, text.first :]
+                guesses = (rms_norm(stream, alone.norm) @ alone.head.T).argmax(-1)
+            assert found == int((guesses == known[text.first + 1 :]).sum())
+        return found
+
+    monkeypatch.setattr(one, "score", check)
+    sampling = [SAMPLINGS["mixed"](i) for i in range(12)]
+    expected, _ = generate(plain, prompts[:12], sampling, max_tokens=64)
+    assert generate(searching, prompts[:12], sampling, max_tokens=64)[0] == expected
+    assert len(plans) > 20
+    exits = {plan.exit_layer for plan in plans if plan.exit_layer < LAYERS}
+    assert exits == set(range(1, LAYERS))
