@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scores of skip sets in the engine: how often part of the target guesses what all of it has written.
 
-One forward pass of the part over a text that was verified before: its guess at every token, compared with the next one. The
-rows write K/V of their own to the slots of that text, as a draft's rows do, and read each other's; behind the pass the blocks
-get back what the whole model had written. The pass stands between two steps, so nobody else reads them meanwhile.
+One forward pass of the part over a text that was verified before: its guess at every token, compared with the next one. It
+writes nothing: its rows read the K/V that the whole model has left, as the first row of a draft does, but for that row's own.
+SWIFT's rows read what the part itself computes for the whole text. Beside passes over single rows with K/V of their own (14
+random sets of the tiny model in tests/models, 768 tokens each), agreement was off by -0.0002 on average (deviation 0.003) in
+the first way and by -0.011 (0.018) in SWIFT's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from vllm_spec_plugins.engine.drafter import NO_SLOT
 from vllm_spec_plugins.engine.layers import Layers
 from vllm_spec_plugins.layers.plan import LayerPlan
 from vllm_spec_plugins.layers.search import Costs
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.spec_plugins.skip_search")
 
 # Fewer tokens than this say little about a plan.
-LEAST = 16
+LEAST = 32
 
 
 @dataclass(frozen=True)
@@ -57,13 +58,14 @@ class SkipScorer:
         room = draft.target_config.scheduler_config.max_num_batched_tokens
         self.window = min(planner.window, room)
         self.tenants = np.zeros(draft.req_states.max_num_reqs, dtype=np.int64)
+        self.used = np.zeros(draft.req_states.max_num_reqs, dtype=np.int64)  # the last position of a text, per request
         self.moved_in = 0
         self.text: Text | None = None
 
     def add_request(self, slot: int) -> None:
         """Another request moves into `slot`, or the same one after preemption: its K/V is new."""
         self.moved_in += 1
-        self.tenants[slot] = self.moved_in
+        self.tenants[slot], self.used[slot] = self.moved_in, 0
 
     def maybe_score(self, slots: np.ndarray, roots: np.ndarray) -> None:
         """Score one plan if it is time.
@@ -82,9 +84,7 @@ class SkipScorer:
             if self.text is None:
                 return
             plan = self.planner.ask(self.text)
-        if plan is None:  # this text was used up, and nothing has been written since
-            return
-        assert self.text is not None
+        assert plan is not None, "the best plan is scored first on a new text"
         self.planner.tell(plan, self.score(plan, self.text), self.text.count)
         if self.planner.search.settled:
             search = self.planner.search
@@ -97,13 +97,14 @@ class SkipScorer:
         return text.slot in slots and self.tenants[text.slot] == text.tenant
 
     def _latest(self, slots: np.ndarray, roots: np.ndarray) -> Text | None:
-        """The last tokens of the longest answer of the batch; None while all are short."""
-        written = roots + 1 - self.draft.req_states.prompt_len.np[slots]
+        """The last tokens of the answer of which most was in no text yet; None while there is little."""
+        written = roots - np.maximum(self.draft.req_states.prompt_len.np[slots] - 1, self.used[slots])
         longest = int(written.argmax())
         count = min(int(written[longest]), self.window)
         if count < min(LEAST, self.window):
             return None
         slot = int(slots[longest])
+        self.used[slot] = roots[longest]
         return Text(int(self.tenants[slot]), slot, int(roots[longest]) - count, count)
 
     def score(self, plan: LayerPlan, text: Text) -> int:
@@ -111,45 +112,31 @@ class SkipScorer:
         draft, last = self.draft, text.first + text.count
         known = draft.req_states.all_token_ids.gpu[text.slot, text.first : last + 1].long()
         position = torch.arange(text.first, last, device=known.device)
-        table = draft.table[text.slot : text.slot + 1]
-        slot = draft._slots(table, torch.zeros_like(position), position)
-        blocks = table[0, text.first // draft.block_size : (last - 1) // draft.block_size + 1].long()
+        nowhere = torch.full_like(position, NO_SLOT)
         draft.plan = plan  # until the next trees begin
-        with self._kept(plan, blocks):
-            hidden = draft._run(known[:-1], position, self._metadata(table, slot, last), slot)
+        hidden = draft._run(known[:-1], position, self._metadata(text.slot, nowhere, last), nowhere)
         guesses = draft.model.compute_logits(hidden).argmax(-1)
         return int((guesses == known[1:]).sum())
 
-    def _metadata(self, table: Tensor, slot: Tensor, length: int) -> dict[str, Any]:
-        """Causal attention of the last rows of a request of `length` tokens."""
-        count = len(slot)
+    def _metadata(self, slot: int, mapping: Tensor, length: int) -> dict[str, Any]:
+        """Causal attention of the last rows of the first `length` tokens of the request in `slot`."""
+        count = len(mapping)
         bounds = torch.tensor([0, count], dtype=torch.int32)
         common = CommonAttentionMetadata(
-            query_start_loc=bounds.to(slot.device),
+            query_start_loc=bounds.to(mapping.device),
             query_start_loc_cpu=bounds,
-            seq_lens=torch.tensor([length], dtype=torch.int32, device=slot.device),
+            seq_lens=torch.tensor([length], dtype=torch.int32, device=mapping.device),
             num_reqs=1,
             num_actual_tokens=count,
             max_query_len=count,
             max_seq_len=length,
-            block_table_tensor=table,
-            slot_mapping=slot,
+            block_table_tensor=self.draft.table[slot : slot + 1],
+            slot_mapping=mapping,
         )
         metadata: dict[str, Any] = {}
         for group in self.draft.attn_groups:
             metadata |= dict.fromkeys(group.layer_names, group.get_metadata_builder(0).build(0, common))
         return metadata
-
-    @contextmanager
-    def _kept(self, plan: LayerPlan, blocks: Tensor) -> Iterator[None]:
-        """The K/V in `blocks` [M] of the layers that `plan` runs is afterwards what it was."""
-        caches = [cache for cache, runs in zip(self.draft.caches, plan.attention, strict=True) if runs]
-        kept = [cache[blocks] for cache in caches]
-        try:
-            yield
-        finally:
-            for cache, each in zip(caches, kept, strict=True):
-                cache[blocks] = each
 
 
 def costs(parts: Layers) -> Costs:
