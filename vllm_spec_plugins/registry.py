@@ -7,9 +7,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from vllm_spec_plugins.config import FLAG, Given, SettingError, Settings, parse_plugins
+from vllm_spec_plugins.layers.exit_policy import ExitPolicy
+from vllm_spec_plugins.layers.plan import exits_of
 from vllm_spec_plugins.layers.planner import Planner
 from vllm_spec_plugins.proposers.base import Count, Counting, DraftModel, Proposer
 from vllm_spec_plugins.proposers.jacobi import JacobiProposer
@@ -48,7 +51,7 @@ class Surroundings:
     dtype: torch.dtype = torch.float32
     weights: Callable[[str], Iterable[tuple[str, torch.Tensor]]] | None = None
     draft: Callable[[str, int], DraftModel] | None = None
-    shallow: Callable[[Planner], DraftModel] | None = None
+    shallow: Callable[[Planner, ExitPolicy | None], DraftModel] | None = None
     num_layers: int = 0
 
 
@@ -259,7 +262,7 @@ def _check_draft(name: str, target: Target) -> None:
 
 def _self_draft(settings: SelfDraftSettings, around: Surroundings) -> SelfDraftProposer:
     return SelfDraftProposer(
-        None if around.shallow is None else around.shallow(settings.planner(around.num_layers)),
+        around.shallow and around.shallow(settings.planner(around.num_layers), settings.policy(around.device)),
         nodes=settings.nodes,
         depth=settings.depth,
         ranks=settings.ranks,
@@ -272,7 +275,13 @@ def _check_self_draft(settings: SelfDraftSettings, target: Target) -> None:
         raise SettingError(
             f"{FLAG} {settings.name}: --enable-lora is not supported: a draft's rows have no adapters; start without it"
         )
-    settings.planner(target.num_layers)
+    planner, policy = settings.planner(target.num_layers), settings.policy()
+    if policy is not None:
+        exits = exits_of(planner.plan(np.zeros(1, dtype=np.int64)), max(2, policy.exits_needed))
+        try:
+            policy.check(exits, target.vocab_size, target.hidden_size)
+        except ValueError as error:
+            raise SettingError(f"{FLAG} {settings.name}: exit={settings.exit} cannot be used: {error}") from error
 
 
 def _mix(settings: MixSettings, around: Surroundings) -> MixtureProposer:

@@ -11,9 +11,13 @@ from operator import mul
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import torch
+
 from vllm_spec_plugins import choices as tree_choices
 from vllm_spec_plugins.config import FLAG, SettingError, Settings, setting
 from vllm_spec_plugins.layers import plan_file
+from vllm_spec_plugins.layers.exits import ExitPolicy
+from vllm_spec_plugins.layers.exits import policy as exit_policy
 from vllm_spec_plugins.layers.plan import LayerPlan
 from vllm_spec_plugins.layers.planner import FixedPlan, Planner, ScheduledPlan
 from vllm_spec_plugins.layers.schedule import Schedule
@@ -249,6 +253,7 @@ class SelfDraftSettings(SpeculationSettings):
     search_budget: float | None = setting(None, "skip=auto: scoring per work of serving (0.05)", least=0.001, most=10.0)
     speedup: float | None = setting(None, "draft by SkipDecode's schedule: layers by its average", least=1, most=16)
     max_tokens: int | None = setting(None, "speedup: tokens over which the schedule falls (256)", least=2, most=1 << 20)
+    exit: str = setting("", "stop a draft where this policy finds the shallow answer not good enough, as margin:0.2")
     nodes: int = setting(16, "most tree nodes per step", least=1, most=128)
     depth: int = setting(6, "most levels, each a pass through part of the target", least=1, most=16)
     ranks: int = setting(3, "candidates per node", least=1, most=32)
@@ -268,6 +273,14 @@ class SelfDraftSettings(SpeculationSettings):
         for key in ("skip_share", "search_every", "search_budget"):
             if getattr(self, key) is not None and self.skip != "auto":
                 raise SettingError(f"{FLAG} {self.name}: {key}={getattr(self, key)} belongs to skip=auto; give both")
+        self.policy()
+
+    def policy(self, device: torch.device | str = "cpu") -> ExitPolicy | None:
+        """What stops a draft early, if anything. Raises SettingError."""
+        try:
+            return exit_policy(self.exit, device) if self.exit else None
+        except ValueError as error:
+            raise SettingError(f"{FLAG} {self.name}: exit={error}") from error
 
     def planner(self, num_layers: int) -> Planner:
         """What drafts in a model of `num_layers`. Raises SettingError when it has not that many."""

@@ -160,6 +160,21 @@ def test_the_stream_behind_each_layer_is_what_later_layers_add_to(build: Callabl
     assert torch.allclose(model.model.norm(seen[2]), hidden, atol=1e-6)
 
 
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "CohereForCausalLM", "OPTForCausalLM"])
+def test_a_pass_can_end_from_the_stream_behind_any_layer(build: Callable[..., Any], architecture: str) -> None:
+    from vllm_spec_plugins.engine.layers import Layers
+
+    model, config = build(architecture)
+    layers, seen = Layers(model, config), {}
+    with layers.running(LayerPlan.full(LAYERS), after=seen.__setitem__):
+        run(model, config)
+    for number, stream in seen.items():
+        with layers.ending(stream):
+            ended = run(model, config)
+        with layers.running(LayerPlan.prefix(LAYERS, number + 1)):
+            assert torch.allclose(ended, run(model, config), atol=1e-5)
+
+
 def test_nothing_is_left_behind_when_a_pass_fails(build: Callable[..., Any]) -> None:
     from vllm_spec_plugins.engine.layers import Layers
 

@@ -35,6 +35,40 @@ def engines(engine: Callable[..., Any], plain: Any) -> dict[str, Any]:
     return {name: engine(vllm_spec_plugins.engine_args("self-draft", **part, **EAGER)) for name, part in PARTS.items()}
 
 
+POLICIES = ["entropy:1.5", "margin:0.3", "patience:2", "saturation:0.9"]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_exit_policies_stop_drafts_and_leave_the_text_alone(
+    policy: str, engine: Callable[..., Any], plain: Any, engines: dict[str, Any], prompts: list[list[int]]
+) -> None:
+    from vllm_spec_plugins.layers.exits import policy as parse
+
+    sampling = [SAMPLINGS["mixed"](i) for i in range(6)]
+    expected, _ = generate(plain, prompts[:6], sampling)
+    one = drafter(engines["prefix"])
+    rows = {"good": 0, "all": 0}
+    one.policy = parse(policy)
+    try:
+        good = one.policy.good
+
+        def count(signals: Any) -> torch.Tensor:
+            assert signals.earlier.shape == (len(signals.tokens), one.policy.exits_needed - 1)
+            assert torch.allclose(
+                one.model.model.norm(signals.hidden) @ one.model.lm_head.weight.T, signals.logits, atol=1e-3
+            )
+            found = good(signals)
+            rows["good"] += int(found.sum())
+            rows["all"] += len(found)
+            return found
+
+        one.policy.good = count
+        assert generate(engines["prefix"], prompts[:6], sampling)[0] == expected
+    finally:
+        one.policy = one.kept = None
+    assert 0.05 < rows["good"] / rows["all"] < 0.95
+
+
 def drafter(llm: Any) -> Any:
     return llm.llm_engine.model_executor.driver_worker.worker.model_runner.speculator.drafters[0]
 

@@ -94,6 +94,21 @@ class Layers:
         assert found is not None, "checked when the layers were found"
         return found
 
+    @contextmanager
+    def ending(self, stream: Tensor) -> Iterator[None]:
+        """Forward passes inside run no layer: they end with what the final norm makes of `stream` [n, H]."""
+        given: Any = stream
+        if self.with_residual:
+            given = (torch.zeros_like(stream), stream) if self.pending else (stream, None)
+        self.layers[0].__dict__["forward"] = lambda *args, **kwargs: given
+        try:
+            for layer in self.layers[1:]:
+                layer.__dict__["forward"] = self.hand_on
+            yield
+        finally:
+            for layer in self.layers:
+                layer.__dict__.pop("forward", None)
+
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """A layer's arguments by name."""
         return dict(zip((p.name for p in self.parameters), args, strict=False)) | kwargs

@@ -11,11 +11,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
+from vllm.forward_context import set_forward_context
 from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_spec_plugins.engine.drafter import PagedDraft, Step
 from vllm_spec_plugins.engine.layers import Layers, skip_compiled
 from vllm_spec_plugins.engine.skip_search import SkipScorer, costs
+from vllm_spec_plugins.layers.exit_policy import ExitPolicy, ExitSignals
+from vllm_spec_plugins.layers.plan import exits_of
 from vllm_spec_plugins.layers.planner import Planner
 from vllm_spec_plugins.layers.searched import SearchedPlan
 from vllm_spec_plugins.proposers.base import StepContext
@@ -23,14 +26,17 @@ from vllm_spec_plugins.tree.tree import TokenTree
 
 
 class ShallowDraft(PagedDraft):
-    """Drafts with the part of the target that `planner` names."""
+    """Drafts with the part of the target that `planner` names, no further than `policy` finds its answers good."""
 
     what = "the target"
 
-    def __init__(self, vllm_config: VllmConfig, req_states: RequestState, planner: Planner) -> None:
+    def __init__(
+        self, vllm_config: VllmConfig, req_states: RequestState, planner: Planner, policy: ExitPolicy | None = None
+    ) -> None:
         super().__init__(vllm_config, req_states)
-        self.planner = planner
+        self.planner, self.policy = planner, policy
         self.scorer = SkipScorer(self, planner) if isinstance(planner, SearchedPlan) else None
+        self.streams: list[Tensor] = []  # behind the exits of the last pass
 
     def load(self, target: nn.Module) -> None:
         """Raises UnsupportedModel when the target cannot be run in part."""
@@ -50,6 +56,7 @@ class ShallowDraft(PagedDraft):
             self.scorer.maybe_score(slots, roots)
             self.scorer.planner.stepped(len(slots))
         self.plan = self.planner.plan(roots - self.req_states.prompt_len.np[slots])
+        self.cost = self.plan.share
         self.step = Step(slots, roots, self.table[ctx.slots])
         token = torch.from_numpy(self.req_states.all_token_ids.gpu.numpy()[slots, roots])
         request = torch.arange(len(slots))
@@ -59,12 +66,35 @@ class ShallowDraft(PagedDraft):
         if self.scorer is not None:
             self.scorer.add_request(slot)
 
-    def extend(self, tree: TokenTree, request: Tensor, row: Tensor) -> Tensor:
+    def _grow(self, tree: TokenTree, request: Tensor, row: Tensor, token: Tensor) -> Tensor:
         if self.scorer is not None:
             self.scorer.planner.drafted(len(row))
-        return super().extend(tree, request, row)
+        logits = super()._grow(tree, request, row, token)
+        if self.policy is not None:
+            signals = ExitSignals(self.plan.exit_layer, token, logits, *self._exits(token))
+            self.kept = self.policy.good(signals)
+        return logits
 
     def _forward(self, token: Tensor, position: Tensor) -> Tensor:
         skip_compiled()
-        with self.parts.running(self.plan):
+        self.streams.clear()
+        tap = None
+        if self.policy is not None:
+            exits = exits_of(self.plan, max(2, self.policy.exits_needed))
+            tap = lambda number, stream: self.streams.append(stream) if number in exits else None  # noqa: E731
+        with self.parts.running(self.plan, tap):
             return super()._forward(token, position)
+
+    def _exits(self, token: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """`hidden`, `earlier` and `earlier_hidden` of ExitSignals for the pass that has just run."""
+        assert self.policy is not None
+        *before, hidden = self.streams
+        guesses = [token.new_empty(len(token), 0)]
+        for stream in before if self.policy.exits_needed > 1 else ():
+            with (
+                set_forward_context(None, self.target_config, num_tokens=len(token), skip_compiled=True),
+                self.parts.ending(stream),
+            ):
+                ended = super()._forward(token, torch.zeros_like(token))
+            guesses.append(self.model.compute_logits(ended).argmax(1, keepdim=True))
+        return hidden, torch.cat(guesses, 1), before[-1] if before else None

@@ -76,16 +76,17 @@ class SkipScorer:
         """
         if not self.planner.due():
             return
-        plan = None
-        if self.text is not None and self._is_here(self.text, slots):
-            plan = self.planner.ask(self.text)
+        text, plan = self.text, None
+        if text is not None and self._is_here(text, slots):
+            plan = self.planner.ask(text)
         if plan is None:
-            self.text = self._latest(slots, roots)
-            if self.text is None:
+            self.text = text = self._latest(slots, roots)
+            if text is None:
                 return
-            plan = self.planner.ask(self.text)
+            plan = self.planner.ask(text)
         assert plan is not None, "the best plan is scored first on a new text"
-        self.planner.tell(plan, self.score(plan, self.text), self.text.count)
+        assert text is not None
+        self.planner.tell(plan, self.score(plan, text), text.count)
         if self.planner.search.settled:
             search = self.planner.search
             logger.info(

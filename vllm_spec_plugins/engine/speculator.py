@@ -25,6 +25,7 @@ from vllm_spec_plugins.engine.drafter import Drafter, PagedDraft
 from vllm_spec_plugins.engine.scheduling import TreeDraftTokenIds
 from vllm_spec_plugins.engine.shallow import ShallowDraft
 from vllm_spec_plugins.engine.state import TreeState, Verified
+from vllm_spec_plugins.layers.exit_policy import ExitPolicy
 from vllm_spec_plugins.layers.planner import Planner
 from vllm_spec_plugins.proposers.base import Counting, StepContext
 from vllm_spec_plugins.registry import Surroundings, method_of
@@ -51,8 +52,8 @@ class TreeSpeculator(BaseSpeculator):
             self.drafters.append(Drafter(vllm_config, model, len(self.drafters), req_states, nodes))
             return self.drafters[-1]
 
-        def shallow(planner: Planner) -> PagedDraft:
-            self.drafters.append(ShallowDraft(vllm_config, req_states, planner))
+        def shallow(planner: Planner, policy: ExitPolicy | None) -> PagedDraft:
+            self.drafters.append(ShallowDraft(vllm_config, req_states, planner, policy))
             return self.drafters[-1]
 
         # Placeholders of an asynchronous step are computed whatever they are: they must be tokens.

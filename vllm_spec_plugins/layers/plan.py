@@ -107,3 +107,10 @@ class LayerPlan:
             for i, (attention, mlp) in enumerate(zip(self.attention, self.mlp, strict=True))
             if attention or mlp
         )
+
+
+def exits_of(plan: LayerPlan, count: int) -> tuple[int, ...]:
+    """The layers (from 0) behind which a pass of `plan` has its last `count` exits: the layers that run, in equal parts."""
+    layers = [i for i in range(plan.num_layers) if plan.attention[i] or plan.mlp[i]]
+    count = min(count, len(layers))
+    return tuple(layers[len(layers) * part // count - 1] for part in range(1, count + 1))

@@ -60,7 +60,14 @@ def read(path: Path, num_layers: int) -> PlanFile:
 
 
 def _is_plan(content: Any) -> bool:
-    kinds = {"model": str, "num_layers": int, "agreement": (int, float), "prompts": int, "attention": list, "mlp": list}
+    kinds: dict[str, Any] = {
+        "model": str,
+        "num_layers": int,
+        "agreement": float | int,
+        "prompts": int,
+        "attention": list,
+        "mlp": list,
+    }
     if not isinstance(content, dict) or not all(isinstance(content.get(key), kind) for key, kind in kinds.items()):
         return False
-    return all(isinstance(layer, int) for layer in (*content["attention"], *content["mlp"]))
+    return all(type(layer) is int for layer in (*content["attention"], *content["mlp"]))

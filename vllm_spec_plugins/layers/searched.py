@@ -45,12 +45,11 @@ class SearchedPlan:
         self._cost = costs.of(self.search.best)
 
     def stepped(self, requests: int) -> None:
-        """A step has verified the roots of so many requests, and drafts below them. Nodes that it verified are left out of
-        the account: how many were scheduled is not known where drafts are made.
+        """A step has verified the roots of so many requests. Nodes that it verified are left out of the account: how many were
+        scheduled is not known where drafts are made.
         """
         self._steps += 1
         self._credit += self.budget * requests
-        self.drafted(requests)
 
     def drafted(self, rows: int) -> None:
         """The draft ran so many rows."""

@@ -65,7 +65,16 @@ class StepContext:
 
 
 class DraftModel(Protocol):
-    """A small language model beside the target, with K/V of its own for every token that the target has seen."""
+    """What guesses the target's logits: a small language model beside it, or part of the target itself.
+
+    Attributes:
+        cost: of a forward pass, in those of the target; 0.0 where it is small or not known.
+        kept: [M] bool, of the rows of the last call: an exit policy finds the answer good, so that its children may be drafted.
+            None: no policy is asked.
+    """
+
+    cost: float
+    kept: Tensor | None
 
     def begin(self, ctx: StepContext) -> Tensor:
         """Read what each request has got since the last call: [B, V] float32, the logits behind the roots.

@@ -15,9 +15,9 @@ VOCAB = 40
 class PathModel:
     """A draft model whose logits are a function of the path, and that keeps account of what it was asked."""
 
-    def __init__(self, seed, sharpness=2.0):
-        self.seed, self.sharpness = seed, sharpness
-        self.asked = []
+    def __init__(self, seed, sharpness=2.0, cost=0.0):
+        self.seed, self.sharpness, self.cost = seed, sharpness, cost
+        self.asked, self.kept, self.keeps = [], None, None
 
     def logits(self, request, path):
         generator = torch.Generator().manual_seed(hash((self.seed, request, *path)) % (1 << 60))
@@ -25,7 +25,13 @@ class PathModel:
 
     def begin(self, ctx):
         self.asked = []
+        self._keep([(b, ()) for b in range(len(ctx.slots))])
         return torch.stack([self.logits(b, ()) for b in range(len(ctx.slots))])
+
+    def _keep(self, rows):
+        """What an exit policy `keeps` (request, path) would say."""
+        if self.keeps is not None:
+            self.kept = torch.tensor([self.keeps(b, path) for b, path in rows], dtype=torch.bool)
 
     def extend(self, tree, request, row):
         out = []
@@ -38,6 +44,7 @@ class PathModel:
                 assert at == 0 or (b, at) in [(x, y) for x, y, _ in self.asked]
             self.asked.append((b, r, tuple(path)))
             out.append(self.logits(b, tuple(path)))
+        self._keep([(b, path) for b, _, path in self.asked[len(self.asked) - len(out) :]])
         return torch.stack(out) if out else torch.empty(0, VOCAB)
 
 
@@ -143,3 +150,34 @@ def test_settings_that_do_not_go_together_are_refused(given, sentence):
 def test_widths_are_read_from_the_flag():
     assert SpecInferSettings.parse({"model": "m", "widths": "2-2-1-1"}).expansion == [2, 2, 1, 1]
     assert SpecInferSettings.parse({"model": "m"}).expansion == []
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_level_is_run_only_if_reaching_it_is_worth_its_cost(batch, seed):
+    dear = []
+    for cost in (0.0, 0.2, 0.4, 0.6, 10.0):
+        draft = PathModel(seed, cost=cost)
+        tree = SpecInferProposer(draft, nodes=24, depth=6, min_chance=0.0).propose(context(batch))
+        levels = {}
+        for b, _, path in draft.asked:
+            chance, prefix = 1.0, ()
+            for token in path:
+                chance *= dict(chances(draft, b, prefix))[token]
+                prefix = (*prefix, token)
+            levels[len(path)] = levels.get(len(path), 0.0) + chance
+        assert all(reached >= 1.6 * cost * batch - 1e-5 for reached in levels.values())
+        assert (tree.num_nodes > 0).all()
+        dear.append(len(draft.asked))
+    assert dear[0] == max(dear) > dear[-1] == 0 and dear == sorted(dear, reverse=True)
+
+
+def test_nothing_is_drafted_below_an_answer_that_an_exit_policy_finds_not_good(seed):
+    draft = PathModel(seed)
+    draft.keeps = lambda b, path: b != 1 and sum(path) % 3 != 1
+    tree = SpecInferProposer(draft, nodes=24, depth=5, min_chance=0.0).propose(context(3))
+    tree.validate()
+    for b in range(3):
+        paths = nodes_of(tree, b)
+        assert all(draft.keeps(b, path[:depth]) for path in paths for depth in range(len(path)))
+        assert len(paths) == 0 if b == 1 else len(paths) > 4
+    assert any(not draft.keeps(b, path) for b, _, path in draft.asked if b != 1)
