@@ -53,14 +53,15 @@ def tokens_per_cost(agreement: np.ndarray, cost: np.ndarray, depth: int) -> np.n
     """[n] tokens per cost of one pass of the full model, which is what plain decoding takes for one.
 
     A draft of g tokens, each accepted with chance a if those before it were, brings 1 + a + ... + a^g tokens for g passes of
-    cost c and one of cost 1 (Leviathan et al., arXiv 2211.17192, theorem 3.8). g is the best of 0 to `depth`.
+    cost c and one of cost 1 (Leviathan et al., arXiv 2211.17192, theorem 3.8). g is the best of 1 to `depth`. Not of 0: then all
+    plans that do not pay would be worth the same, and nothing would lead from them to those that do.
 
     Args:
         agreement, cost: [n] float64, a and c.
     """
     drafts = np.arange(depth + 1)
     tokens = np.cumsum(np.asarray(agreement)[..., None] ** drafts, axis=-1)
-    return (tokens / (drafts * np.asarray(cost)[..., None] + 1.0)).max(-1)
+    return (tokens / (drafts * np.asarray(cost)[..., None] + 1.0))[..., 1:].max(-1)
 
 
 class Score(NamedTuple):
