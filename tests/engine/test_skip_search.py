@@ -65,3 +65,33 @@ def test_scoring_leaves_text_and_kv_cache_as_they_are_and_counts_what_the_part_g
     assert exits == set(range(1, LAYERS))
     places = [(t.tenant, place) for t in set(texts) for place in range(t.first, t.first + t.count)]
     assert len(set(texts)) > 2 and len(places) == len(set(places)), "a text was read twice"
+
+
+def test_tight_memory_chunked_prompts_and_the_prefix_cache_give_plain_decodings_text(
+    engine: Callable[..., Any], plain: Any, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when the text under score is preempted, and with a window wider than a step."""
+    small = {"max_num_batched_tokens": 48, "max_num_seqs": 4, "num_gpu_blocks_override": 9, "max_model_len": 160}
+    llm = engine(vllm_spec_plugins.engine_args("self-draft", **EAGER, nodes=12), block_size=32, **small)
+    one, texts, moved = scorer(llm), set(), []
+    assert one.window == 48
+    score, add = one.score, one.add_request
+    monkeypatch.setattr(one, "score", lambda plan, text: (texts.add(text), score(plan, text))[1])
+    monkeypatch.setattr(one, "add_request", lambda slot: (moved.append(slot), add(slot))[1])
+    sampling = [SAMPLINGS["mixed"](i) for i in range(6)]
+    for _ in range(2):  # the second time prompts are in the prefix cache
+        expected, _ = generate(plain, prompts[:6], sampling, max_tokens=72)
+        assert generate(llm, prompts[:6], sampling, max_tokens=72)[0] == expected
+    assert len(moved) > 12, "nothing was preempted"
+    assert len({text.tenant for text in texts}) > 2
+
+
+def test_blocks_cost_what_their_weights_are(searching: Any) -> None:
+    """Of the tiny target: 256 wide, 8 and 4 heads of 32, 384 between, 4096 tokens."""
+    from vllm_spec_plugins.engine.skip_search import costs
+
+    found = costs(scorer(searching).draft.parts)
+    assert found.attention == 256 * (256 + 2 * 128) + 256 * 256
+    assert found.mlp == 3 * 256 * 384
+    assert found.rest == 256 * 4096
+    assert scorer(searching).planner.search.costs == found

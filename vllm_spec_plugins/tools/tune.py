@@ -37,16 +37,15 @@ def tune(arguments: argparse.Namespace, prompts: Sequence[str], out: Console) ->
         "self-draft", skip="auto", skip_share=arguments.skip_share, search_every=1, search_budget=10.0, adapt=False
     )
     settings: dict[str, Any] = {"dtype": arguments.dtype, "max_num_seqs": TOGETHER, "enforce_eager": True, **plugin}
-    if arguments.max_model_len:
-        settings["max_model_len"] = arguments.max_model_len
+    for key in ("max_model_len", "kv_cache_memory_bytes"):
+        if (given := getattr(arguments, key)) is not None:
+            settings[key] = given
     llm: Any = LLM(arguments.model, **settings)
     runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
     search = runner.speculator.drafters[0].planner.search
     answered = 0
     for i, part in enumerate(_parts(prompts, arguments.passes)):
-        sampling = SamplingParams(
-            temperature=arguments.temperature, seed=i, max_tokens=arguments.max_tokens, ignore_eos=False
-        )
+        sampling = SamplingParams(temperature=arguments.temperature, seed=i, max_tokens=arguments.max_tokens)
         llm.generate(part, sampling, use_tqdm=False)
         answered += len(part)
         out.print(
@@ -55,6 +54,8 @@ def tune(arguments: argparse.Namespace, prompts: Sequence[str], out: Console) ->
         )
         if search.settled:
             break
+    if not search.settled:
+        out.print("  the search is not over: more prompts or --passes may find a better plan")
     if search.agreement is None:
         raise ValueError("no answer was long enough to score a plan on; give other prompts, or a larger --max-tokens")
     return PlanFile(arguments.model, search.best, search.agreement, min(answered, len(prompts)))
@@ -97,6 +98,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
     found.add_argument("--skip-share", type=float, default=0.45, help="blocks that candidates skip, about")
     found.add_argument("--dtype", default="auto")
     found.add_argument("--max-model-len", type=int)
+    found.add_argument("--kv-cache-memory-bytes", type=int)
     return found
 
 
