@@ -88,6 +88,12 @@ class Layers:
             for module in replaced:
                 del module.__dict__["forward"]
 
+    def blocks(self, number: int) -> tuple[nn.Module, list[nn.Module]]:
+        """A layer's attention block and the modules of its MLP block."""
+        found = self._blocks[number]
+        assert found is not None, "checked when the layers were found"
+        return found
+
     @contextmanager
     def running_rows(self, rows: Mapping[int, Tensor]) -> Iterator[None]:
         """Forward passes inside run some layers on some of the rows only; for compiled code see `skip_compiled`.
