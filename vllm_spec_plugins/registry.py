@@ -15,6 +15,7 @@ from vllm_spec_plugins.config import FLAG, Given, SettingError, Settings, parse_
 from vllm_spec_plugins.layers.exit_policy import ExitPolicy
 from vllm_spec_plugins.layers.plan import exits_of
 from vllm_spec_plugins.layers.planner import Planner
+from vllm_spec_plugins.layers.schedule import Schedule
 from vllm_spec_plugins.proposers.base import Count, Counting, DraftModel, Proposer
 from vllm_spec_plugins.proposers.jacobi import JacobiProposer
 from vllm_spec_plugins.proposers.lookahead import LookaheadProposer
@@ -30,6 +31,7 @@ from vllm_spec_plugins.settings import (
     MixSettings,
     NoneSettings,
     SelfDraftSettings,
+    SkipDecodeSettings,
     SpecInferSettings,
     SpeculationSettings,
 )
@@ -103,6 +105,7 @@ class Method:
     rule        settings -> AcceptRule
     slots       settings -> K/V slots behind the root that its draft models write to
     check       settings, target: raises SettingError when they do not fit together; before the engine's processes start
+    schedule    settings, layers of the model -> Schedule, where rows run part of the layers; raises SettingError. LOSSY
     """
 
     settings: type[Settings]
@@ -110,6 +113,7 @@ class Method:
     rule: Callable[[Any], AcceptRule]
     check: Callable[[Any, Target], None] | None = None
     slots: Callable[[Any], int] = lambda _: 0
+    schedule: Callable[[Any, int], Schedule] | None = None
 
     def shape(self, settings: Settings) -> tuple[int, int]:
         """Nodes per tree without the root, and the depth of the deepest; (0, 0) without speculation."""
@@ -379,6 +383,7 @@ register(
         slots=lambda settings: 0 if settings.source is None else method_of(settings.source).slots(settings.source),
     )
 )
+register(Method(SkipDecodeSettings, proposer=None, rule=lambda _: Walk(), schedule=SkipDecodeSettings.schedule))
 
 
 def plugins(value: Given) -> list[Settings]:
@@ -410,6 +415,11 @@ def _mixture(given: Sequence[Settings]) -> MixSettings:
         )
     for source in sources:
         method = method_of(source)
+        if method.schedule is not None:
+            raise SettingError(
+                f"{FLAG} {source.name}: leaves out layers and proposes nothing, so it cannot be mixed ({others}); "
+                f"serve it alone"
+            )
         if method.proposer is None:
             raise SettingError(f"{FLAG} {source.name}: has nothing to mix with the others ({others}); leave it out")
         if not isinstance(method.rule(source), Walk):

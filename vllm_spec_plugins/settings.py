@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from itertools import accumulate
 from operator import mul
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
@@ -17,11 +18,14 @@ from vllm_spec_plugins.cascade.calibration import Calibrated
 from vllm_spec_plugins.cascade.routes import ROUTES
 from vllm_spec_plugins.cascade.rules import DeferralRule, Exit, deferral_rule
 from vllm_spec_plugins.config import FLAG, SettingError, Settings, setting
+from vllm_spec_plugins.layers import plan_file
 from vllm_spec_plugins.layers.exits import ExitPolicy
 from vllm_spec_plugins.layers.exits import policy as exit_policy
 from vllm_spec_plugins.layers.plan import LayerPlan
 from vllm_spec_plugins.layers.planner import FixedPlan, Planner, ScheduledPlan
 from vllm_spec_plugins.layers.schedule import Schedule
+from vllm_spec_plugins.layers.search import SkipSearch
+from vllm_spec_plugins.layers.searched import SearchedPlan
 
 
 @dataclass(frozen=True)
@@ -243,7 +247,13 @@ class SelfDraftSettings(SpeculationSettings):
     name: ClassVar[str] = "self-draft"
 
     exit_layer: int | None = setting(None, "draft with this many of the first layers", least=1, most=1024)
-    skip: str = setting("", "draft without these blocks, as 3-4a-5m: all of layer 3, attention of 4, MLP of 5")
+    skip: str = setting(
+        "", "draft without these blocks, as 3-4a-5m: all of layer 3, attention of 4, MLP of 5; auto: found while serving; or a "
+        "file that vllm-spec tune wrote"
+    )  # fmt: skip
+    skip_share: float | None = setting(None, "skip=auto: blocks that are skipped (0.45)", least=0.05, most=0.9)
+    search_every: int | None = setting(None, "skip=auto: steps between two scores (16)", least=1, most=1 << 16)
+    search_budget: float | None = setting(None, "skip=auto: scoring per work of serving (0.05)", least=0.001, most=10.0)
     speedup: float | None = setting(None, "draft by SkipDecode's schedule: layers by its average", least=1, most=16)
     max_tokens: int | None = setting(None, "speedup: tokens over which the schedule falls (256)", least=2, most=1 << 20)
     exit: str = setting("", "stop a draft where this policy finds the shallow answer not good enough, as margin:0.2")
@@ -263,6 +273,9 @@ class SelfDraftSettings(SpeculationSettings):
             )
         if self.max_tokens is not None and self.speedup is None:
             raise SettingError(f"{FLAG} {self.name}: max_tokens={self.max_tokens} belongs to speedup; give both")
+        for key in ("skip_share", "search_every", "search_budget"):
+            if getattr(self, key) is not None and self.skip != "auto":
+                raise SettingError(f"{FLAG} {self.name}: {key}={getattr(self, key)} belongs to skip=auto; give both")
         self.policy()
 
     def policy(self, device: torch.device | str = "cpu") -> ExitPolicy | None:
@@ -276,9 +289,14 @@ class SelfDraftSettings(SpeculationSettings):
         """What drafts in a model of `num_layers`. Raises SettingError when it has not that many."""
         if self.speedup is not None:
             return ScheduledPlan(Schedule.for_speedup(num_layers, self.speedup, max_tokens=self.max_tokens or 256))
+        if self.skip == "auto":
+            return self._searched(num_layers)
         if self.exit_layer is None:
             try:
-                plan = LayerPlan.parse_skip(self.skip, num_layers)
+                if self.skip.endswith(".json"):
+                    plan = plan_file.read(Path(self.skip), num_layers).plan
+                else:
+                    plan = LayerPlan.parse_skip(self.skip, num_layers)
             except ValueError as error:
                 raise SettingError(f"{FLAG} {self.name}: skip={self.skip} {error}") from error
             return FixedPlan(plan)
@@ -288,6 +306,13 @@ class SelfDraftSettings(SpeculationSettings):
                 f"use exit_layer={num_layers - 1} or less"
             )
         return FixedPlan(LayerPlan.prefix(num_layers, self.exit_layer))
+
+    def _searched(self, num_layers: int) -> SearchedPlan:
+        try:
+            search = SkipSearch(num_layers, skip_share=self.skip_share or 0.45, depth=self.depth)
+        except ValueError as error:
+            raise SettingError(f"{FLAG} {self.name}: skip=auto cannot be used: {error}; use exit_layer") from error
+        return SearchedPlan(search, budget=self.search_budget or 0.05, every=self.search_every or 16)
 
 
 @dataclass(frozen=True)
@@ -463,6 +488,11 @@ class SkipDecodeSettings(Settings):
             )
         if self.levels == 1:
             raise SettingError(f"{FLAG} {self.name}: levels=1 is no schedule; use levels=0 or 2 to 64")
+        if self.levels > self.max_tokens:
+            raise SettingError(
+                f"{FLAG} {self.name}: levels={self.levels} are more than the {self.max_tokens} places of max_tokens; "
+                f"use levels={self.max_tokens} or less"
+            )
 
     def schedule(self, num_layers: int) -> Schedule:
         """The schedule for a model. Raises SettingError when the model has too few layers."""

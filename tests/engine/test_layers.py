@@ -95,10 +95,8 @@ def decoder(model: nn.Module) -> tuple[Any, str, nn.ModuleList]:
 
 
 def run(model: nn.Module, config: Any) -> Tensor:
-    from vllm.forward_context import set_forward_context
-
     tokens, places = torch.arange(7) * 5 % 64, torch.arange(7)
-    with torch.inference_mode(), set_forward_context(None, config, skip_compiled=True):
+    with torch.inference_mode(), set_context(config):
         return model(input_ids=tokens, positions=places, intermediate_tensors=None)
 
 
@@ -147,6 +145,66 @@ def test_a_model_that_cannot_be_run_in_part_is_refused_by_name(build: Callable[.
     architecture, changes, sentence = REFUSED[case]
     with pytest.raises(UnsupportedModel, match=sentence):
         Layers(*build(architecture, **changes))
+
+
+@pytest.mark.parametrize("architecture", [name for name in CONFIGS if name not in UNKNOWN])
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_layer_that_runs_on_some_rows_leaves_the_others_as_they_were(
+    build: Callable[..., Any], architecture: str, first: int
+) -> None:
+    from vllm_spec_plugins.engine.layers import HIDDEN, POSITIONS, RESIDUAL, Layers
+
+    model, config = build(architecture)
+    layers = Layers(model, config)
+    layers.check_rows()
+    seen: list[Tensor] = []
+
+    def remember(module: nn.Module, args: Any, kwargs: Any, *output: Any) -> None:
+        seen.append(layers.stream(output[0]) if output else layers.bind(args, kwargs)[HIDDEN].clone())
+
+    layers.layers[0].register_forward_pre_hook(remember, with_kwargs=True)
+    layers.layers[-1].register_forward_hook(remember, with_kwargs=True)
+    # Neighbours on different rows, a layer on none, the last on all.
+    rows = {first: torch.tensor([0, 1, 4]), first + 1: torch.tensor([0, 4])}
+    rows |= {2 - 2 * first: torch.tensor([], dtype=torch.int64)}
+    with layers.running_rows(rows):
+        run(model, config)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+    stream, found = seen
+    assert stream.shape == found.shape
+    places = torch.arange(7)
+    with torch.inference_mode(), set_context(config):
+        for number, layer in enumerate(layers.layers):
+            some = rows.get(number, places)
+            if len(some):
+                given = {HIDDEN: stream[some], RESIDUAL: None} | dict.fromkeys(POSITIONS, places[some])
+                output = layer(**{p.name: given[p.name] for p in layers.parameters if p.name in given})
+                seen.clear()
+                stream = stream.index_copy(0, some, layers.stream(output))
+    assert torch.allclose(found, stream, atol=1e-5)
+
+
+def set_context(config: Any) -> Any:
+    from vllm.forward_context import set_forward_context
+
+    return set_forward_context(None, config, skip_compiled=True)
+
+
+def test_a_model_whose_rows_cannot_be_chosen_is_refused(build: Callable[..., Any]) -> None:
+    from vllm_spec_plugins.engine.layers import Layers, UnsupportedModel
+
+    model, config = build("LlamaForCausalLM")
+    layers = Layers(model, config)
+    with (
+        layers.running_rows({0: torch.tensor([0])}),
+        pytest.raises(UnsupportedModel, match="are given scaling, of which"),
+    ):
+        layers.layers[0](positions=None, hidden_states=None, residual=None, scaling=2.0)
+    shared = config.compilation_config.static_forward_context[layers.names[2]]
+    shared.kv_sharing_target_layer_name = layers.names[0]
+    with pytest.raises(UnsupportedModel, match="1 layers of LlamaForCausalLM read the K/V of other layers"):
+        layers.check_rows()
 
 
 def test_the_stream_behind_each_layer_is_what_later_layers_add_to(build: Callable[..., Any]) -> None:

@@ -18,6 +18,8 @@ from vllm_spec_plugins.engine import activation
 
 def config(**changes: Any) -> Any:
     """A VllmConfig of a dense decoder on a CPU, as far as the checks look, with some attributes changed."""
+    from vllm.config.compilation import CompilationMode
+
     parts: dict[str, dict[str, Any]] = {
         "model_config": {
             "model": "some/model",
@@ -29,6 +31,8 @@ def config(**changes: Any) -> Any:
             "uses_mrope": False,
             "is_multimodal_model": False,
             "is_diffusion": False,
+            "is_moe": False,
+            "get_total_num_hidden_layers": lambda: 8,
             "return_sampling_mask": False,
             "enable_trace_replay": False,
             "get_sliding_window": lambda: None,
@@ -38,13 +42,15 @@ def config(**changes: Any) -> Any:
             "pipeline_parallel_size": 1,
             "decode_context_parallel_size": 1,
             "prefill_context_parallel_size": 1,
+            "data_parallel_size": 1,
             "use_ubatching": False,
         },
         "cache_config": {"cache_dtype": "auto"},
         "structured_outputs_config": {"backend": "auto"},
         "device_config": {"device_type": "cpu"},
+        "compilation_config": {"mode": CompilationMode.VLLM_COMPILE},
     }
-    whole: dict[str, Any] = {"kv_transfer_config": None, "watermark_config": None}
+    whole: dict[str, Any] = {"kv_transfer_config": None, "watermark_config": None, "lora_config": None}
     for key, value in changes.items():
         owner = next((part for part in parts.values() if key in part), whole)
         assert key in owner, key
@@ -52,55 +58,73 @@ def config(**changes: Any) -> Any:
     return SimpleNamespace(**{name: SimpleNamespace(**part) for name, part in parts.items()}, **whole)
 
 
+KINDS: list[tuple[dict[str, Any], str]] = [
+    ({"runner_type": "pooling"}, "a pooling model (some/model) is not supported; use a model that generates text"),
+    (
+        {"is_encoder_decoder": True},
+        "an encoder-decoder model (some/model) is not supported; serve it without --plugin",
+    ),
+    ({"is_hybrid": True}, "a hybrid or Mamba model"),
+    ({"is_attention_free": True}, "a hybrid or Mamba model"),
+    ({"use_mla": True}, "multi-head latent attention"),
+    ({"get_sliding_window": lambda: 4096}, "sliding-window attention"),
+    (
+        {"hf_text_config": SimpleNamespace(model_type="gemma3", layer_types=["sliding_attention", "full_attention"])},
+        "sliding-window attention",
+    ),
+    ({"hf_text_config": SimpleNamespace(model_type="bloom")}, "ALiBi"),
+    ({"uses_mrope": True}, "multi-dimensional rotary positions"),
+    ({"is_multimodal_model": True}, "a multimodal model"),
+    ({"is_diffusion": True}, "a diffusion model"),
+    ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size 2 is not supported; use --tensor-parallel-size"),
+    ({"decode_context_parallel_size": 2}, "context parallelism"),
+    ({"use_ubatching": True}, "micro-batching (--enable-dbo)"),
+    ({"kv_transfer_config": object()}, "a K/V connector (--kv-transfer-config)"),
+    ({"cache_dtype": "fp8_e5m2"}, "--kv-cache-dtype fp8_e5m2 is not supported; use --kv-cache-dtype auto"),
+]
+OF_TREES: list[tuple[dict[str, Any], str]] = [
+    (
+        {"backend": "lm-format-enforcer"},
+        "the structured outputs backend lm-format-enforcer is not supported; use xgrammar",
+    ),
+    ({"watermark_config": object()}, "watermarking"),
+    (
+        {"device_type": "cuda"},
+        "tree attention on cuda devices is not supported; this release verifies trees on the CPU",
+    ),
+]
+OF_SCHEDULES: list[tuple[dict[str, Any], str]] = [
+    ({"lora_config": object()}, "--enable-lora, which names an adapter per row"),
+    ({"data_parallel_size": 2, "is_moe": True}, "data parallelism of experts"),
+    ({"mode": 1}, "compilation mode STOCK_TORCH_COMPILE"),
+    (
+        {"device_type": "cuda"},
+        "a schedule of layers on cuda devices is not supported; this release runs them on the CPU",
+    ),
+    (
+        {"get_total_num_hidden_layers": lambda: 2},
+        "warmup=3 is more than the 2 layers of the model; use warmup=2 or less",
+    ),
+]
+SCHEDULE = "skipdecode:speedup=1.5,warmup=3"
+
+
 @pytest.mark.parametrize(
-    ("change", "what"),
+    ("plugin", "change", "what"),
     [
-        ({"runner_type": "pooling"}, "a pooling model (some/model) is not supported; use a model that generates text"),
-        (
-            {"is_encoder_decoder": True},
-            "an encoder-decoder model (some/model) is not supported; serve it without --plugin",
-        ),
-        ({"is_hybrid": True}, "a hybrid or Mamba model"),
-        ({"is_attention_free": True}, "a hybrid or Mamba model"),
-        ({"use_mla": True}, "multi-head latent attention"),
-        ({"get_sliding_window": lambda: 4096}, "sliding-window attention"),
-        (
-            {
-                "hf_text_config": SimpleNamespace(
-                    model_type="gemma3", layer_types=["sliding_attention", "full_attention"]
-                )
-            },
-            "sliding-window attention",
-        ),
-        ({"hf_text_config": SimpleNamespace(model_type="bloom")}, "ALiBi"),
-        ({"uses_mrope": True}, "multi-dimensional rotary positions"),
-        ({"is_multimodal_model": True}, "a multimodal model"),
-        ({"is_diffusion": True}, "a diffusion model"),
-        ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size 2 is not supported; use --tensor-parallel-size"),
-        ({"decode_context_parallel_size": 2}, "context parallelism"),
-        ({"use_ubatching": True}, "micro-batching (--enable-dbo)"),
-        ({"kv_transfer_config": object()}, "a K/V connector (--kv-transfer-config)"),
-        ({"cache_dtype": "fp8_e5m2"}, "--kv-cache-dtype fp8_e5m2 is not supported; use --kv-cache-dtype auto"),
-        (
-            {"backend": "lm-format-enforcer"},
-            "the structured outputs backend lm-format-enforcer is not supported; use xgrammar",
-        ),
-        ({"watermark_config": object()}, "watermarking"),
-        (
-            {"device_type": "cuda"},
-            "tree attention on cuda devices is not supported; this release verifies trees on the CPU",
-        ),
+        *(("lookahead", *case) for case in (*KINDS, *OF_TREES)),
+        *((SCHEDULE, *case) for case in (*KINDS, *OF_SCHEDULES)),
     ],
 )
-def test_each_unsupported_kind_is_named(change: dict[str, Any], what: str) -> None:
+def test_each_unsupported_kind_is_named(plugin: str, change: dict[str, Any], what: str) -> None:
     from vllm_spec_plugins.engine.support import check_engine
 
-    settings = registry.resolve("lookahead")
+    settings = registry.resolve(plugin)
     check_engine(config(), settings)
     with pytest.raises(SettingError) as refusal:
         check_engine(config(**change), settings)
     message = str(refusal.value)
-    assert message.startswith("--plugin lookahead: ")
+    assert message.startswith(f"--plugin {settings.name}: ")
     assert what in message
     assert "\n" not in message
     check_engine(config(**change), registry.resolve("none"))  # plain decoding runs wherever the runner does

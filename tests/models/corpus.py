@@ -119,6 +119,7 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, required=True, help="where the tokenizer and the encoded text go")
     parser.add_argument("--tokenizer", type=Path, help="use this tokenizer instead of training one")
     parser.add_argument("--prompts", type=int, default=0, help=f"also write so many prompts to {PROMPTS.name}")
+    parser.add_argument("--text", action="store_true", help="also write both splits as JSON lines for vllm-spec train")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.workdir.mkdir(parents=True, exist_ok=True)
@@ -133,6 +134,10 @@ def main() -> None:
     for split, texts in (("train", train), ("heldout", [text for _, text in heldout])):
         stream = encode(tokenizer, texts)
         np.save(args.workdir / f"{split}.npy", stream)
+        if args.text:
+            # With its first token; the tools put the last one between documents.
+            lines = [json.dumps({"text": tokenizer.bos_token + text}) + "\n" for text in texts]
+            (args.workdir / f"{split}.jsonl").write_text("".join(lines))
         print(f"{split}: {len(texts)} files, {sum(map(len, texts)):,} characters, {len(stream):,} tokens")
     if args.prompts:
         prompts = cut_prompts(tokenizer, heldout, args.prompts, args.seed)

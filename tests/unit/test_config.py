@@ -138,6 +138,21 @@ def test_a_lossy_rule_is_asked_for_by_name_with_its_own_settings() -> None:
         ([], "mix: mixes two plugins or more, and there is none"),
         ("mix:sources=lookahead", "mix: there is no setting 'sources'; give each plugin a --plugin of its own"),
         ("mix:nodes=129 & lookahead", "mix: nodes=129 is out of range; valid are 0 to 128"),
+        (
+            "lookahead & skipdecode:speedup=2",
+            "skipdecode: leaves out layers and proposes nothing, so it cannot be mixed (lookahead, skipdecode); serve it",
+        ),
+        ("skipdecode", "skipdecode: neither speedup nor both of max_layers and min_layers are given; write"),
+        (
+            "skipdecode:speedup=2,min_layers=3",
+            "speedup=2 chooses min_layers, which is given too; leave one of them out",
+        ),
+        ("skipdecode:max_layers=4,min_layers=6", "warmup=1, min_layers=6, max_layers=4 do not go together"),
+        (
+            "skipdecode:speedup=2,levels=4,max_tokens=3",
+            "levels=4 are more than the 3 places of max_tokens; use levels=3",
+        ),
+        ("skipdecode:speedup=2,levels=1", "levels=1 is no schedule; use levels=0 or 2 to 64"),
         ("lookahead & none", "none: has nothing to mix with the others (lookahead, none); leave it out"),
         ("lookahead & lookahead:guesses=3", "lookahead: is given 2 times; give it once"),
         ("lookahead & medusa:model=a & mix & mix:nodes=9", "mix: is given 2 times; give it once"),

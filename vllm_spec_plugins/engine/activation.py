@@ -23,6 +23,7 @@ ACTIVE = "SPEC_PLUGINS_ACTIVE"
 def prepare(engine_args: Any, settings: Settings) -> None:
     """Before the configuration is made: check the arguments, apply the hooks, ask for room for the drafts."""
     support.check_version(installed_vllm())
+    support.check_scheduler(engine_args, settings)
     nodes, _ = method_of(settings).shape(settings)
     own = speculative_config(nodes) if nodes else None
     if engine_args.speculative_config != own:  # the arguments of a restarted engine carry it already
@@ -35,10 +36,22 @@ def prepare(engine_args: Any, settings: Settings) -> None:
 
 def check(config: Any, settings: Settings) -> None:
     """After the configuration is made: refuse what the plugin cannot serve, and say it when output is not exact."""
-    support.check_engine(config, settings)
-    if not (rule := method_of(settings).rule(settings)).lossless:
-        from vllm.logger import init_logger
+    from vllm.logger import init_logger
 
+    from vllm_spec_plugins.engine import cohorts
+
+    support.check_engine(config, settings)
+    if (scheduler := cohorts.class_for(settings, config)) is not None:
+        config.scheduler_config.scheduler_cls = scheduler
+    method = method_of(settings)
+    if method.schedule is not None:
+        init_logger(f"vllm.{__name__}").warning(
+            "%s %s is lossy: the later a token of an answer, the fewer layers it runs: %s",
+            FLAG,
+            settings.name,
+            method.schedule(settings, config.model_config.get_total_num_hidden_layers()),
+        )
+    if not (rule := method.rule(settings)).lossless:
         init_logger(f"vllm.{__name__}").warning(
             "%s %s: %s",
             FLAG,

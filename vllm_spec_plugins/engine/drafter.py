@@ -33,7 +33,7 @@ from vllm_spec_plugins.proposers.base import StepContext
 from vllm_spec_plugins.tree.tree import TokenTree
 
 # What vLLM's kernels take for "do not write".
-_NO_SLOT = -1
+NO_SLOT = -1
 
 
 def model_config(target: ModelConfig, model: str) -> ModelConfig:
@@ -134,7 +134,7 @@ class PagedDraft:
         roots = torch.from_numpy(step.roots)
         place = roots[request] + row
         position = (roots[request] + tree.depth[request, row]).clamp(max=self.max_len - 1)
-        slot = torch.where(place < self.max_len, self._slots(step.table, request, place), _NO_SLOT)
+        slot = torch.where(place < self.max_len, self._slots(step.table, request, place), NO_SLOT)
         rows = attention.TreeRows(
             num_tokens=len(row),
             request=request,

@@ -81,7 +81,12 @@ def _init_speculator(original: Callable[..., Any]) -> Callable[..., Any]:
 def _resolve_model_state_cls(original: Callable[..., Any]) -> Callable[..., Any]:
     def resolve_model_state_cls(vllm_config: Any, model: Any) -> Any:
         cls = original(vllm_config, model)
-        if settings_of(vllm_config) is None or vllm_config.speculative_config is None:
+        settings = settings_of(vllm_config)
+        if settings is not None and method_of(settings).schedule is not None:
+            from vllm_spec_plugins.engine.skipdecode import with_schedule
+
+            return with_schedule(cls)
+        if settings is None or vllm_config.speculative_config is None:
             return cls
         from vllm_spec_plugins.engine.model_state import with_trees
 
@@ -110,9 +115,10 @@ def _process_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
     def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
         request = original(self, *args, **kwargs)
         if settings_of(self.vllm_config) is not None:
-            from vllm_spec_plugins.engine import cascade, contrastive
+            from vllm_spec_plugins.engine import cascade, contrastive, salts
 
             contrastive.admit(request, self.vllm_config)
+            salts.admit(request, self.vllm_config)
             cascade.admit(request, self.vllm_config)
         return request
 
@@ -129,6 +135,30 @@ def _sample(original: Callable[[Any, Any, Any, Any], Any]) -> Callable[[Any, Any
         return sampled
 
     return sample
+
+
+def _add_request(original: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
+    def add_request(self: Any, request: Any) -> None:
+        if settings_of(self.vllm_config) is not None:
+            from vllm_spec_plugins.engine import salts
+
+            salts.mark(self, request)
+        original(self, request)
+
+    return add_request
+
+
+def _extra_keys(original: Callable[..., Any]) -> Callable[..., Any]:
+    def generate_block_hash_extra_keys(
+        request: Any, start_token_idx: int, end_token_idx: int, start_mm_idx: int
+    ) -> tuple[Any, int]:
+        keys, mm_idx = original(request, start_token_idx, end_token_idx, start_mm_idx)
+        salt = getattr(request, "_spec_salt", None)  # of an engine with a schedule of layers
+        if salt is not None and end_token_idx > request.num_prompt_tokens:
+            keys = (*(keys or ()), salt)
+        return keys, mm_idx
+
+    return generate_block_hash_extra_keys
 
 
 def _schedule(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -402,6 +432,27 @@ ENGINE_HOOKS: tuple[Hook, ...] = (
         signature="(self, hidden_states, input_batch, grammar_output)",
         upstream="goes when the sampler is given hidden states",
         replacement=_sample,
+    ),
+    Hook(
+        target="vllm.v1.core.sched.scheduler:Scheduler.add_request",
+        why="requests of an engine with a schedule of layers carry what tells their K/V apart in the prefix cache",
+        signature="(self, request)",
+        upstream="goes with kv_cache_utils.generate_block_hash_extra_keys",
+        replacement=_add_request,
+    ),
+    Hook(
+        target="vllm.v1.core.kv_cache_utils:generate_block_hash_extra_keys",
+        why="K/V of generated tokens lacks layers: nobody else may find it in the prefix cache",
+        signature="(request, start_token_idx, end_token_idx, start_mm_idx)",
+        upstream="goes when a plugin can salt the blocks behind the prompt",
+        replacement=_extra_keys,
+    ),
+    Hook(
+        target="vllm.v1.core.block_pool:generate_block_hash_extra_keys",
+        why="K/V events tell the keys with the hash",
+        signature="(request, start_token_idx, end_token_idx, start_mm_idx)",
+        upstream="goes with kv_cache_utils.generate_block_hash_extra_keys",
+        replacement=_extra_keys,
     ),
     Hook(
         target="vllm.v1.core.sched.scheduler:Scheduler.schedule",

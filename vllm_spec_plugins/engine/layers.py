@@ -9,7 +9,7 @@ plan, is vLLM's own.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -88,6 +88,40 @@ class Layers:
             for module in replaced:
                 del module.__dict__["forward"]
 
+    def blocks(self, number: int) -> tuple[nn.Module, list[nn.Module]]:
+        """A layer's attention block and the modules of its MLP block."""
+        found = self._blocks[number]
+        assert found is not None, "checked when the layers were found"
+        return found
+
+    @contextmanager
+    def running_rows(self, rows: Mapping[int, Tensor]) -> Iterator[None]:
+        """Forward passes inside run some layers on some of the rows only; for compiled code see `skip_compiled`.
+
+        Args:
+            rows: by number of a layer that not every row runs, [m] int64, those that do; they may be none. Behind the layer's
+                name in `names`, the forward context must hold the attention metadata and slot mapping of just these rows.
+        """
+        forwards = {
+            self.layers[number]: self._on_rows(self.layers[number], some) if len(some) else self.hand_on
+            for number, some in rows.items()
+        }
+        try:
+            for layer, forward in forwards.items():
+                layer.__dict__["forward"] = forward
+            yield
+        finally:
+            for layer in forwards:
+                layer.__dict__.pop("forward", None)
+
+    def check_rows(self) -> None:
+        """Raise UnsupportedModel unless layers can run on part of the rows."""
+        table = self.config.compilation_config.static_forward_context
+        if shared := [name for name in self.names if getattr(table[name], "kv_sharing_target_layer_name", None)]:
+            raise UnsupportedModel(
+                f"{len(shared)} layers of {self.what} read the K/V of other layers, which a row may have skipped"
+            )
+
     @contextmanager
     def ending(self, stream: Tensor) -> Iterator[None]:
         """Forward passes inside run no layer: they end with what the final norm makes of `stream` [n, H]."""
@@ -111,6 +145,29 @@ class Layers:
         """`forward` of a layer that is skipped."""
         given = self.bind(args, kwargs)
         return (given[HIDDEN], given[RESIDUAL]) if self.with_residual else given[HIDDEN]
+
+    def _on_rows(self, layer: nn.Module, rows: Tensor) -> Callable[..., Any]:
+        forward = layer.forward
+
+        def some(*args: Any, **kwargs: Any) -> Any:
+            given = self.bind(args, kwargs)
+            for name, each in given.items():
+                if each is not None and name not in (HIDDEN, RESIDUAL, *POSITIONS):
+                    raise UnsupportedModel(
+                        f"layers of {self.what} are given {name}, of which a row's part is not known"
+                    )
+            output = forward(
+                **{name: each if each is None else each.index_select(0, rows) for name, each in given.items()}
+            )
+            if not self.with_residual:
+                return given[HIDDEN].index_copy(0, rows, output)
+            hidden, residual = output
+            before = given[RESIDUAL]
+            if before is None:  # the first layer: all of a skipped row's stream stands in its hidden state
+                before = residual.new_zeros(len(given[HIDDEN]), *residual.shape[1:])
+            return given[HIDDEN].index_copy(0, rows, hidden), before.index_copy(0, rows, residual)
+
+        return some
 
     def stream(self, output: Any) -> Tensor:
         """[n, H], the residual stream behind a layer that returned `output`."""

@@ -16,9 +16,11 @@ from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_spec_plugins.engine.drafter import PagedDraft, Step
 from vllm_spec_plugins.engine.layers import Layers, skip_compiled
+from vllm_spec_plugins.engine.skip_search import SkipScorer, costs
 from vllm_spec_plugins.layers.exit_policy import ExitPolicy, ExitSignals
 from vllm_spec_plugins.layers.plan import exits_of
 from vllm_spec_plugins.layers.planner import Planner
+from vllm_spec_plugins.layers.searched import SearchedPlan
 from vllm_spec_plugins.proposers.base import StepContext
 from vllm_spec_plugins.tree.tree import TokenTree
 
@@ -42,12 +44,15 @@ class ShallowDraft(PagedDraft):
     ) -> None:
         super().__init__(vllm_config, req_states)
         self.planner, self.policy, self.judges = planner, policy, judges
+        self.scorer = SkipScorer(self, planner) if isinstance(planner, SearchedPlan) else None
         self.streams: list[Tensor] = []  # behind the exits of the last pass
 
     def load(self, target: nn.Module) -> None:
         """Raises UnsupportedModel when the target cannot be run in part."""
         self.model, self.parts = target, Layers(target, self.target_config)
         self.layers = self.parts.names
+        if self.scorer is not None:
+            self.scorer.planner.measured(costs(self.parts))
 
     def warm(self, count: int) -> None:
         """Nothing of a part is compiled."""
@@ -56,6 +61,9 @@ class ShallowDraft(PagedDraft):
         slots = ctx.slots.numpy()
         # Where the next row goes. Inside a prompt that is its next token; what is drafted there comes to nothing.
         roots = self.req_states.num_computed_tokens.gpu.numpy()[slots].astype("int64")
+        if self.scorer is not None:
+            self.scorer.maybe_score(slots, roots)
+            self.scorer.planner.stepped(len(slots))
         self.plan = self.planner.plan(roots - self.req_states.prompt_len.np[slots])
         self.cost = self.plan.share
         self.step = Step(slots, roots, self.table[ctx.slots])
@@ -63,7 +71,13 @@ class ShallowDraft(PagedDraft):
         request = torch.arange(len(slots))
         return self._grow(TokenTree.empty(len(slots), 0, token.device), request, torch.zeros_like(request), token)
 
+    def add_request(self, slot: int, computed: int) -> None:
+        if self.scorer is not None:
+            self.scorer.add_request(slot)
+
     def _grow(self, tree: TokenTree, request: Tensor, row: Tensor, token: Tensor) -> Tensor:
+        if self.scorer is not None:
+            self.scorer.planner.drafted(len(row))
         logits = super()._grow(tree, request, row, token)
         if self.policy is not None:
             signals = ExitSignals(self.plan.exit_layer, token, logits, *self._exits(token))

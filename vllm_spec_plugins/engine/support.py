@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an engine must not be for trees to be right in it; each refusal is one sentence."""
+"""What an engine must not be for trees, or schedules of layers, to be right in it; each refusal is one sentence."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from vllm.config import ModelConfig, VllmConfig
+from vllm.config.compilation import CompilationMode
 from vllm.tokenizers import get_tokenizer
 
 from vllm_spec_plugins.config import FLAG, SettingError, Settings
 from vllm_spec_plugins.engine import weights
 from vllm_spec_plugins.registry import Draft, Target, method_of
+from vllm_spec_plugins.settings import SkipDecodeSettings
 
 # Releases whose seams the hooks were written against and tested with.
 TESTED_RELEASES = ("0.32",)
@@ -40,13 +42,27 @@ def check_arguments(engine_args: Any, settings: Settings) -> None:
         )
 
 
+def check_scheduler(engine_args: Any, settings: Settings) -> None:
+    """Raise SettingError when the user's scheduler stands where the plugin's own has to."""
+    if isinstance(settings, SkipDecodeSettings) and settings.cohort_wait and engine_args.scheduler_cls is not None:
+        cls = engine_args.scheduler_cls
+        name = cls if isinstance(cls, str) else f"{cls.__module__}.{cls.__qualname__}"
+        raise SettingError(
+            f"{FLAG} {settings.name}: cohort_wait={settings.cohort_wait} brings a scheduler of its own and conflicts with "
+            f"--scheduler-cls {name}; give only one, or use cohort_wait=0"
+        )
+
+
 def check_engine(config: VllmConfig, settings: Settings) -> None:
     """Raise SettingError when the model or the deployment is of a kind that is not supported."""
     method = method_of(settings)
-    if method.proposer is None:
+    if method.proposer is None and method.schedule is None:
         return
-    for what, instead in _unsupported(config):
+    own = _unsupported_by_trees if method.schedule is None else _unsupported_by_schedules
+    for what, instead in (*_unsupported(config), *own(config)):
         raise SettingError(f"{FLAG} {settings.title}: {what} is not supported; {instead}")
+    if method.schedule is not None:
+        method.schedule(settings, config.model_config.get_total_num_hidden_layers())
     if method.check is not None:
         model = config.model_config
         target = Target(
@@ -85,7 +101,7 @@ def _longest(config: ModelConfig) -> int:
 
 
 def _unsupported(config: VllmConfig) -> Iterator[tuple[str, str]]:
-    """(what is not supported, what would be valid), for everything that does not hold."""
+    """(what is not supported, what would be valid), for everything that does not hold; for trees and schedules alike."""
     model, parallel, cache = config.model_config, config.parallel_config, config.cache_config
     name = model.model
     without = f"serve it without {FLAG}, or with {FLAG} none"
@@ -94,7 +110,7 @@ def _unsupported(config: VllmConfig) -> Iterator[tuple[str, str]]:
     if model.is_encoder_decoder:
         yield f"an encoder-decoder model ({name})", without
     if model.is_hybrid or model.is_attention_free:
-        yield f"a hybrid or Mamba model ({name}), whose recurrent state cannot branch,", without
+        yield f"a hybrid or Mamba model ({name})", without
     if model.use_mla:
         yield f"a model with multi-head latent attention ({name})", without
     if model.get_sliding_window() is not None or _has_windows(model.hf_text_config):
@@ -117,6 +133,10 @@ def _unsupported(config: VllmConfig) -> Iterator[tuple[str, str]]:
         yield "a K/V connector (--kv-transfer-config)", "start without it"
     if cache.cache_dtype.startswith("fp8"):
         yield f"--kv-cache-dtype {cache.cache_dtype}", "use --kv-cache-dtype auto"
+
+
+def _unsupported_by_trees(config: VllmConfig) -> Iterator[tuple[str, str]]:
+    model = config.model_config
     if model.return_sampling_mask:
         yield "--return-sampling-mask", "start without it"
     if model.enable_trace_replay:
@@ -129,6 +149,20 @@ def _unsupported(config: VllmConfig) -> Iterator[tuple[str, str]]:
         yield (
             f"tree attention on {config.device_config.device_type} devices",
             f"this release verifies trees on the CPU only: use {FLAG} none there",
+        )
+
+
+def _unsupported_by_schedules(config: VllmConfig) -> Iterator[tuple[str, str]]:
+    if config.lora_config is not None:
+        yield "--enable-lora, which names an adapter per row of the whole batch,", "start without it"
+    if config.parallel_config.data_parallel_size > 1 and config.model_config.is_moe:
+        yield "data parallelism of experts, which all ranks run in step,", "use --tensor-parallel-size"
+    if config.compilation_config.mode == CompilationMode.STOCK_TORCH_COMPILE:
+        yield "compilation mode STOCK_TORCH_COMPILE, which compiles all layers into one,", "use vLLM's own modes"
+    if config.device_config.device_type != "cpu":
+        yield (
+            f"a schedule of layers on {config.device_config.device_type} devices",
+            f"this release runs them on the CPU only: use {FLAG} none there",
         )
 
 

@@ -88,6 +88,15 @@ class LayerPlan:
         return (sum(self.attention) + sum(self.mlp)) / (2 * self.num_layers)
 
     @property
+    def skipped(self) -> str:
+        """The blocks that do not run, as `parse_skip` reads them."""
+        return "-".join(
+            f"{i}{'' if not attention and not mlp else 'm' if attention else 'a'}"
+            for i, (attention, mlp) in enumerate(zip(self.attention, self.mlp, strict=True))
+            if not (attention and mlp)
+        )
+
+    @property
     def exit_layer(self) -> int:
         """Layers up to the last one of which a block runs."""
         return max(i for i in range(self.num_layers) if self.attention[i] or self.mlp[i]) + 1

@@ -44,8 +44,10 @@ class Schedule:
                 f"warmup={self.warmup}, min_layers={self.min_layers}, max_layers={self.max_layers} must not fall, "
                 f"and a model of {self.num_layers} layers bounds them"
             )
-        if self.max_tokens < 1 or self.levels < 0:
-            raise ValueError(f"max_tokens={self.max_tokens} must be at least 1, levels={self.levels} at least 0")
+        if self.max_tokens < 1 or not 0 <= self.levels <= self.max_tokens:
+            raise ValueError(
+                f"max_tokens={self.max_tokens} must be at least 1, levels={self.levels} at least 0 and no more than those"
+            )
 
     @classmethod
     def for_speedup(cls, num_layers: int, speedup: float, **others: int) -> Schedule:
@@ -99,3 +101,9 @@ class Schedule:
     def key(self) -> tuple[int, ...]:
         """What tells two schedules' K/V apart."""
         return (self.num_layers, self.max_layers, self.min_layers, self.warmup, self.max_tokens, self.levels)
+
+    def __str__(self) -> str:
+        return (
+            f"{', '.join(map(str, self.distinct))} of {self.num_layers} layers over {self.max_tokens} tokens, "
+            f"{self.average:.1f} on average, the first {self.warmup} always"
+        )

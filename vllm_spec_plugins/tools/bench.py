@@ -2,13 +2,16 @@
 """Measurements on real servers: speed beside plain vLLM, identity of the output, constrained answers, distribution of the
 samples.
 
-`acceptance` needs no server: how often the walk goes on, by how a node's children were chosen.
+`acceptance` and `cohorts` need no server: how often the walk goes on, by how a node's children were chosen; and a simulation
+of admission policies for SkipDecode. `arrivals` sends requests that come over time, not a number at a time.
 
     python -m vllm_spec_plugins.tools.bench [speed] --plugin lookahead --plugin lookahead:guesses=8 --json speed.json
     python -m vllm_spec_plugins.tools.bench identity --plugin lookahead
     python -m vllm_spec_plugins.tools.bench json --plugin lookahead:guesses=4
     python -m vllm_spec_plugins.tools.bench distribution --plugin lookahead
     python -m vllm_spec_plugins.tools.bench acceptance
+    python -m vllm_spec_plugins.tools.bench cohorts --rate 0.1 --rate 1
+    python -m vllm_spec_plugins.tools.bench arrivals --rate 2 --plugin skipdecode:speedup=2
 
 Further arguments for every server follow a ``--``: ``... bench --model M -- --max-model-len 2048``. Exit status 1 when an
 output is not plain vLLM's, or not what its schema allows.
@@ -22,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +33,7 @@ from rich.table import Table
 
 from vllm_spec_plugins.config import SettingError
 from vllm_spec_plugins.registry import resolve
-from vllm_spec_plugins.tools import acceptance, identity, report
+from vllm_spec_plugins.tools import acceptance, arrivals, cohorts, identity, report, traces
 from vllm_spec_plugins.tools.load import GREEDY, PROMPTS, SAMPLED, TARGET, load_prompts
 from vllm_spec_plugins.tools.server import Server, ServerError, running, stop_on_sigterm
 from vllm_spec_plugins.tools.speed import (
@@ -43,6 +47,7 @@ from vllm_spec_plugins.tools.speed import (
     vllm_medusa,
     vllm_ngram,
 )
+from vllm_spec_plugins.tools.traces import Arrival
 
 # fp32: in bf16 plain vLLM itself gives other tokens at another batch size.
 ARGUMENTS = ("--dtype", "float32", "--kv-cache-memory-bytes", str(1 << 28))
@@ -175,6 +180,61 @@ def check_acceptance(
     return {"lines": [line.as_dict() for line in lines]}, [table], all(line.exact for line in lines)
 
 
+def simulate_cohorts(
+    arguments: argparse.Namespace, say: Callable[[str], None]
+) -> tuple[dict[str, Any], list[Table], bool]:
+    """Admission policies for SkipDecode, simulated."""
+    cost = cohorts.StepCost.read(arguments.step_times) if arguments.step_times else cohorts.StepCost.fit()
+    say(
+        f"a step: {cost.fixed:.1f} ms + {cost.layer:.2f} per layer of its deepest row + {cost.row:.3f} per layer of each row"
+    )
+    wait, slots = arguments.cohort_wait, arguments.max_num_seqs
+    loads, tables = [], []
+    for load, trace in _traces(arguments, [0.1, 1.0]):
+        outcomes = cohorts.compare(
+            trace, arguments.speedup or [2.0, 3.0, 4.0, 5.0], wait, cost, slots, arguments.layers
+        )
+        title = f"{load}, {slots} at a time, {arguments.layers} layers, cohort_wait={wait}"
+        tables.append(cohorts.table(outcomes, title))
+        loads.append({"load": load, "outcomes": [outcome.as_dict() for outcome in outcomes]})
+        say(f"{load}: done")
+    return {"step_cost": asdict(cost), "loads": loads}, tables, True
+
+
+def measure_arrivals(
+    arguments: argparse.Namespace, say: Callable[[str], None]
+) -> tuple[dict[str, Any], list[Table], bool]:
+    """Requests that arrive over time, on real servers."""
+    configurations = [plain()[0], *map(plugin, arguments.plugin)]
+    servers = _servers(configurations, arguments, ARGUMENTS, say)
+    loads, tables = [], []
+    with running(servers):
+        for load, trace in _traces(arguments, [1.0]):
+            prompts = arrivals.cut_prompts(arguments.model, arguments.prompts_file, trace, arguments.seed)
+            say(load)
+            found = arrivals.measure(configurations, servers, trace, prompts, arguments.rounds, say)
+            loads.append({"load": load, "rows": [row.as_dict() for row in found]})
+            tables.append(arrivals.table(found, f"{arguments.model}, {load}, {arguments.rounds} rounds"))
+    return {"loads": loads}, tables, True
+
+
+def _traces(arguments: argparse.Namespace, rates: Sequence[float]) -> list[tuple[str, list[Arrival]]]:
+    """What arrives, and what to call it: the recorded trace, or one for each rate."""
+    if arguments.trace:
+        trace = traces.read(arguments.trace)
+        return [(f"{arguments.trace.name}: {len(trace)} requests", trace)]
+    most = arguments.max_tokens
+    least = most if arguments.min_tokens is None else arguments.min_tokens
+    lengths = str(most) if least == most else f"{least} to {most}"
+    bursts = f" in bursts of {arguments.burst}" if arguments.burst > 1 else ""
+    found = []
+    for rate in arguments.rate or rates:
+        what = (arguments.prompts, rate, arguments.prompt_tokens, (least, most), arguments.seed, arguments.burst)
+        load = f"{arguments.prompts} requests at {rate:g}/s{bursts}, answers of {lengths} tokens, seed {arguments.seed}"
+        found.append((load, traces.poisson(*what)))
+    return found
+
+
 def _servers(
     configurations: Sequence[Configuration],
     arguments: argparse.Namespace,
@@ -197,6 +257,8 @@ MEASUREMENTS: dict[str, Callable[..., tuple[dict[str, Any], list[Table], bool]]]
     "json": check_json,
     "distribution": check_distribution,
     "acceptance": check_acceptance,
+    "cohorts": simulate_cohorts,
+    "arrivals": measure_arrivals,
 }
 # prompts, max_tokens
 DEFAULTS = {
@@ -205,6 +267,8 @@ DEFAULTS = {
     "json": (200, 256),
     "distribution": (0, 0),
     "acceptance": (0, 0),
+    "cohorts": (96, 256),
+    "arrivals": (32, 128),
 }
 
 
@@ -218,9 +282,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--model", type=Path, default=TARGET, help="checkpoint (the tiny one of the checkout)")
     parser.add_argument("--prompts-file", type=Path, default=PROMPTS, help='JSON lines with a "prompt" each')
-    parser.add_argument("--prompts", type=int, metavar="N", help="how many of them (speed: 16, identity and json: 200)")
-    parser.add_argument("--max-tokens", type=int, metavar="N", help="per prompt (128; json: 256)")
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="speed: measurements per line (%(default)s)")
+    parser.add_argument(
+        "--prompts",
+        type=int,
+        metavar="N",
+        help="how many of them (speed: 16, identity and json: 200, cohorts: 96, arrivals: 32)",
+    )
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="per prompt (128; json, cohorts: 256)")
+    parser.add_argument(
+        "--rounds", type=int, default=3, metavar="N", help="speed, arrivals: measurements per line (%(default)s)"
+    )
     parser.add_argument(
         "--concurrency",
         type=int,
@@ -240,7 +311,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=secrets.randbelow(2**31),
         metavar="N",
-        help="distribution: the server's; acceptance: of the pairs and the noise (a new one)",
+        help="distribution: the server's; acceptance: of the pairs and the noise; cohorts, arrivals: of the trace (a new one)",
+    )
+    over_time = parser.add_argument_group("requests that arrive over time (cohorts, arrivals)")
+    over_time.add_argument(
+        "--rate", type=float, action="append", metavar="N", help="requests per second; may be repeated"
+    )
+    over_time.add_argument("--burst", type=int, default=1, metavar="N", help="so many come together (%(default)s)")
+    over_time.add_argument("--prompt-tokens", type=int, default=32, metavar="N", help="of every prompt (%(default)s)")
+    over_time.add_argument("--min-tokens", type=int, metavar="N", help="of the shortest answer (--max-tokens)")
+    over_time.add_argument(
+        "--trace", type=Path, metavar="FILE", help='JSON lines {"seconds": 0, "prompt": 9, "output": 99}'
+    )
+    over_time.add_argument("--cohort-wait", type=int, default=64, metavar="N", help="cohorts: steps (%(default)s)")
+    over_time.add_argument("--max-num-seqs", type=int, default=8, metavar="N", help="cohorts: at a time (%(default)s)")
+    over_time.add_argument(
+        "--speedup", type=float, action="append", metavar="N", help="cohorts: schedules (2, 3, 4, 5)"
+    )
+    over_time.add_argument("--layers", type=int, default=cohorts.LAYERS, metavar="N", help="cohorts (%(default)s)")
+    over_time.add_argument(
+        "--step-times",
+        type=Path,
+        metavar="FILE",
+        help='cohorts: JSON lines {"deepest": 24, "layers": 192, "milliseconds": 206}',
     )
     parser.add_argument("--no-ngram", action="store_true", help="speed: leave out vLLM's own ngram method")
     parser.add_argument("--ngram-drafts", type=int, default=4, metavar="N", help="its drafts per step (%(default)s)")

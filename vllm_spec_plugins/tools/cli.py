@@ -19,9 +19,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_parser("doctor", help="check this installation, say what to do where it does not fit")
     commands.add_parser("demo", help="plain vLLM and a plugin side by side, on real servers", add_help=False)
     commands.add_parser(
-        "bench", help="measure speed, identity, JSON answers, distribution and acceptance", add_help=False
+        "bench",
+        help="measure speed, identity, JSON answers, distribution, acceptance, arrivals; simulate cohorts",
+        add_help=False,
     )
-    commands.add_parser("train", help="train Medusa heads for a model", add_help=False)
+    commands.add_parser("train", help="train Medusa heads, or a model for SkipDecode", add_help=False)
+    commands.add_parser("tune", help="find the blocks that a self-draft of a model may skip", add_help=False)
     # The subcommands read what follows their name themselves, as `python -m` on their modules does.
     arguments = parser.parse_args(given[:1])
 
@@ -39,6 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from vllm_spec_plugins.tools.train import cli
 
             return cli.main(given[1:], prog="vllm-spec train")
+        if arguments.command == "tune":
+            from vllm_spec_plugins.tools import tune
+
+            return tune.main(given[1:], prog="vllm-spec tune")
         from vllm_spec_plugins.tools import bench
 
         return bench.main(given[1:], prog="vllm-spec bench")

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``vllm-spec train medusa``: heads for a model, trained on text of your own.
+"""``vllm-spec train``: what a plugin needs of a model, trained on text of your own.
 
     vllm-spec train medusa --model MODEL --data FILE --output DIR
+    vllm-spec train skipdecode --model MODEL --data FILE --speedup 2 --output DIR
 
-MODEL stays as it is. DIR then serves: vllm serve MODEL --plugin medusa:model=DIR
+MODEL stays as it is; what is trained goes to DIR.
 """
 
 from __future__ import annotations
@@ -12,113 +13,93 @@ import argparse
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from vllm_spec_plugins.layers.schedule import Schedule
 from vllm_spec_plugins.tools import report
-from vllm_spec_plugins.tools.train import data
-from vllm_spec_plugins.tools.train.medusa import FrozenModel, Plan, TrainError, Training
+from vllm_spec_plugins.tools.train import data, options
+from vllm_spec_plugins.tools.train.medusa import FrozenModel, Plan, Training
+from vllm_spec_plugins.tools.train.run import Checkpoint, Run, TrainError
+from vllm_spec_plugins.tools.train.skipdecode import ScheduledModel, SkipDecodePlan, SkipDecodeTraining, mean_loss
 
 STATE = "training.state"
 
 
-def _within(kind: Callable[[str], float], least: float, most: float) -> Callable[[str], float]:
-    """An argument's type: a number from `least` to `most`."""
-
-    def read(value: str) -> float:
-        number = kind(value)
-        if not least <= number <= most:
-            raise argparse.ArgumentTypeError(f"{value} is out of range; valid are {least} to {most}")
-        return number
-
-    read.__name__ = kind.__name__  # argparse names it for what is no number at all
-    return read
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=["medusa"], help="what to train")
-    parser.add_argument("--model", required=True, help="folder or hub id of the model, decoder-only; it is not changed")
-    parser.add_argument(
-        "--data",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help='UTF-8 text, or .jsonl with a "text" or "prompt" a line',
-    )
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where the heads go")
-    parser.add_argument("--heads", type=_within(int, 1, 16), default=4, metavar="N", help="heads (%(default)s)")
-    parser.add_argument(
-        "--layers", type=_within(int, 1, 8), default=1, metavar="N", help="residual layers (%(default)s)"
-    )
-    parser.add_argument(
-        "--share-lm-head",
-        action="store_true",
-        help="train no matrix to the vocabulary: the model's own serves all heads",
-    )
-    parser.add_argument(
-        "--labels",
-        choices=["text", "model"],
-        default="text",
-        help="learn the text's tokens, or the model's distributions over them (%(default)s)",
-    )
-    parser.add_argument(
-        "--tokens", type=_within(int, 1, 10**12), metavar="N", help="tokens to train on (one pass over the text)"
-    )
-    parser.add_argument(
-        "--batch", type=_within(int, 1, 4096), default=8, metavar="N", help="windows a step (%(default)s)"
-    )
-    parser.add_argument(
-        "--length", type=_within(int, 3, 1 << 20), default=512, metavar="N", help="tokens a window (%(default)s)"
-    )
-    parser.add_argument(
-        "--lr", type=_within(float, 1e-8, 1), default=1e-3, metavar="X", help="learning rate (%(default)s)"
-    )
-    parser.add_argument(
-        "--warmup", type=_within(float, 0, 1), default=0.05, metavar="X", help="share of the run (%(default)s)"
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the windows' order (%(default)s)")
-    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 ... (cuda where there is one)")
-    parser.add_argument(
-        "--save-every", type=_within(float, 0, 1e6), default=300, metavar="SECONDS", help="(%(default)s)"
-    )
-    parser.add_argument("--resume", action="store_true", help="go on with the run that was interrupted in --output")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
-
-
-def prepare(arguments: argparse.Namespace) -> Training:
+def prepare(arguments: argparse.Namespace) -> Training | SkipDecodeTraining:
     """The run that is asked for, at the step it is at. Raises TrainError and DataError."""
     output, state = arguments.output, arguments.output / STATE
     if arguments.resume and not state.exists():
         raise TrainError(f"--resume: {output} holds no interrupted run; leave --resume out to start one")
     if not arguments.resume and state.exists():
         raise TrainError(f"--output {output}: holds an interrupted run; add --resume, or choose another folder")
-    if (output / "model.safetensors").exists():
+    # Beside a state it is a part of what was being written.
+    if not arguments.resume and any(
+        (output / name).exists() for name in ("model.safetensors", "model.safetensors.index.json")
+    ):
         raise TrainError(f"--output {output}: holds a model already; choose another folder")
-    if not arguments.data.is_file():  # before the model is loaded, which may take minutes
-        raise TrainError(f"--data {arguments.data}: is no file; give UTF-8 text or JSON lines")
+    _check_data(arguments.data)
     output.mkdir(parents=True, exist_ok=True)
+    training = _medusa(arguments) if arguments.what == "medusa" else _skipdecode(arguments)
+    if arguments.resume:
+        training.load(state)
+    return training
+
+
+def _check_data(file: Path) -> None:
+    """Before the model is loaded, which may take minutes."""
+    if not file.is_file():
+        raise TrainError(f"--data {file}: is no file; give UTF-8 text or JSON lines")
+
+
+def _common(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The fields that every plan has."""
+    return {
+        "model": arguments.model,
+        "tokens": arguments.tokens or 0,
+        "batch": arguments.batch,
+        "length": arguments.length,
+        "rate": arguments.lr,
+        "warmup": arguments.lr_warmup,
+        "seed": arguments.seed,
+    }
+
+
+def _medusa(arguments: argparse.Namespace) -> Training:
     base = FrozenModel(arguments.model, _device(arguments.device), arguments.trust_remote_code)
     plan = Plan(
-        model=arguments.model,
+        **_common(arguments),
         heads=arguments.heads,
         layers=arguments.layers,
         share_lm_head=arguments.share_lm_head,
         labels=arguments.labels,
-        tokens=arguments.tokens or 0,
-        batch=arguments.batch,
-        length=arguments.length,
-        rate=arguments.lr,
-        warmup=arguments.warmup,
-        seed=arguments.seed,
     )
-    training = Training(base, data.tokens(arguments.data, base.tokenizer), plan)
-    if arguments.resume:
-        training.load(state)
-    return training
+    return Training(base, data.tokens(arguments.data, base.tokenizer), plan)
+
+
+def _skipdecode(arguments: argparse.Namespace) -> SkipDecodeTraining:
+    settings = options.settings(arguments)
+    base = _scheduled(arguments)
+    plan = SkipDecodePlan(
+        **_common(arguments),
+        schedule=options.schedule(settings, base.num_layers),
+        prompt=arguments.prompt,
+        loss=arguments.loss,
+        anneal=arguments.anneal,
+    )
+    return SkipDecodeTraining(base, data.tokens(arguments.data, base.checkpoint.tokenizer), plan)
+
+
+def _scheduled(arguments: argparse.Namespace) -> ScheduledModel:
+    device = _device(arguments.device)
+    return ScheduledModel(
+        Checkpoint(arguments.model, device, torch.float32, arguments.trust_remote_code), arguments.model
+    )
 
 
 def _device(name: str | None) -> torch.device:
@@ -130,8 +111,8 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
-def train(training: Training, output: Path, save_every: float, progress: Progress) -> None:
-    """To the end, the state kept in `output` every `save_every` seconds; then the heads.
+def train(training: Run[Any], output: Path, save_every: float, progress: Progress) -> None:
+    """To the end, the state kept in `output` every `save_every` seconds; then the result.
 
     Interrupted (SIGINT, SIGTERM) it ends behind the step that it is in, so that the state kept is one between two steps.
     Raises TrainError where the loss is no number any more.
@@ -144,7 +125,7 @@ def train(training: Training, output: Path, save_every: float, progress: Progres
     try:
         _advance(training, output / STATE, save_every, progress, signals)
         if training.step == training.plan.steps:
-            training.heads.save(output, training.base.dtype)
+            training.write(output)
             (output / STATE).unlink(missing_ok=True)
             return
         training.save(output / STATE)
@@ -154,7 +135,7 @@ def train(training: Training, output: Path, save_every: float, progress: Progres
     raise SystemExit(128 + signals[0])
 
 
-def _advance(training: Training, state: Path, save_every: float, progress: Progress, signals: Sequence[int]) -> None:
+def _advance(training: Run[Any], state: Path, save_every: float, progress: Progress, signals: Sequence[int]) -> None:
     """Step after step to the end, or to a signal."""
     plan, first = training.plan, training.step
     task = progress.add_task("training", total=plan.steps, completed=first, figures="")
@@ -168,7 +149,7 @@ def _advance(training: Training, state: Path, save_every: float, progress: Progr
         now = time.monotonic()
         speed = (training.step - first) * plan.batch * plan.length / (now - begin)
         shown = " ".join(f"{loss:.3f}" for loss in mean.tolist())
-        progress.update(task, completed=training.step, figures=f"loss by head {shown}, {speed:.0f} tokens/s")
+        progress.update(task, completed=training.step, figures=f"loss {shown}, {speed:.0f} tokens/s")
         if now - saved > save_every:
             training.save(state)
             saved = now
@@ -178,10 +159,17 @@ def run(arguments: argparse.Namespace) -> int:
     """Train and report; returns the exit status."""
     out = report.console()
     try:
+        if arguments.what == "skipdecode":
+            options.check_skipdecode(arguments)
+            if arguments.evaluate:
+                about, losses = evaluate(arguments)
+                out.print(about, markup=False, soft_wrap=True)
+                out.print(_losses(Table(title="The text given"), losses))
+                return 0
         training = prepare(arguments)
-        plan, trained = training.plan, sum(w.numel() for w in training.heads.parameters() if w.requires_grad)
+        plan = training.plan
         out.print(
-            f"{plan.heads} heads for {plan.model}, {trained:,} weights; {plan.steps} steps of {plan.batch} windows of "
+            f"{_about(training)}; {plan.steps} steps of {plan.batch} windows of "
             f"{plan.length} tokens, {len(training.windows.train)} windows to train on, {len(training.windows.held_out)} "
             f"held out" + (f"; going on from step {training.step}" if training.step else ""),
             markup=False,
@@ -197,21 +185,73 @@ def run(arguments: argparse.Namespace) -> int:
         state = arguments.output / STATE
         out.print(f"Interrupted: the same command with --resume goes on from {state}", markup=False, soft_wrap=True)
         raise
+    out.print(_held_out(training))
+    out.print(_served(training, arguments.output), markup=False, soft_wrap=True)
+    return 0
+
+
+def _about(training: Training | SkipDecodeTraining) -> str:
+    """What is trained."""
+    plan, trained = training.plan, sum(weight.numel() for weight in training.learned)
+    if isinstance(plan, Plan):
+        return f"{plan.heads} heads for {plan.model}, {trained:,} weights"
+    return f"{plan.model}, {trained:,} weights, for {describe(plan.schedule)}"
+
+
+def describe(schedule: Schedule) -> str:
+    return (
+        f"{schedule.max_layers} to {schedule.min_layers} of {schedule.num_layers} layers over {schedule.max_tokens} tokens, "
+        f"{schedule.average:.2f} on average"
+    )
+
+
+def _held_out(training: Training | SkipDecodeTraining) -> Table:
     table = Table(title="Held-out text")
+    if isinstance(training, SkipDecodeTraining):
+        return _losses(table, training.held_out())
     for name in ("head", "tokens ahead", "first guess is the model's"):
         table.add_column(name, justify="right")
     for k, share in enumerate(training.agreement(), start=1):
         table.add_row(str(k), str(k + 1), f"{share:.3f}")
-    out.print(table)
-    out.print(f"vllm serve {plan.model} --plugin medusa:model={arguments.output}", markup=False, soft_wrap=True)
-    return 0
+    return table
+
+
+def _losses(table: Table, losses: Sequence[float]) -> Table:
+    table.add_column("layers")
+    table.add_column("loss of the answers, nats per token", justify="right")
+    for name, loss in zip(("all", "the schedule's"), losses, strict=True):
+        table.add_row(name, f"{loss:.3f}")
+    return table
+
+
+def _served(training: Training | SkipDecodeTraining, output: Path) -> str:
+    """The command that serves the result."""
+    plan = training.plan
+    if isinstance(plan, Plan):
+        return f"vllm serve {plan.model} --plugin medusa:model={output}"
+    keys = ",".join(f"{key}={getattr(plan.schedule, key)}" for key in options.SCHEDULE_KEYS if key != "speedup")
+    return f"vllm serve {output} --plugin skipdecode:{keys}"
+
+
+def evaluate(arguments: argparse.Namespace) -> tuple[str, list[float]]:
+    """What is read, and a model's losses on it with all layers and the schedule's. Raises TrainError and DataError."""
+    _check_data(arguments.data)
+    settings = options.settings(arguments)
+    base = _scheduled(arguments)
+    schedule = options.schedule(settings, base.num_layers)
+    stream = data.tokens(arguments.data, base.checkpoint.tokenizer)
+    windows = data.spread(stream, arguments.length, arguments.windows)
+    prompt = sum(arguments.prompt) // 2
+    losses = [mean_loss(base, windows, plan, prompt, arguments.batch) for plan in (None, schedule)]
+    read = f"{len(windows)} windows of {arguments.length} tokens, {prompt} of them the prompt"
+    return f"{arguments.model}, {describe(schedule)}; {read}", losses
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m vllm_spec_plugins.tools.train.cli") -> int:
     parser = argparse.ArgumentParser(
         prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_arguments(parser)
+    options.add_arguments(parser)
     return run(parser.parse_args(argv))
 
 

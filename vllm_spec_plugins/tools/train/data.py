@@ -106,3 +106,17 @@ class Windows:
             generator = torch.Generator().manual_seed(self.seed + turn)
             self._pass, self._order = turn, torch.randperm(len(self.train), generator=generator)
         return int(self._order[place])
+
+
+def spread(stream: Tensor, length: int, count: int) -> Tensor:
+    """[count, length]: windows at even distances over `stream` [n], fewer where they would overlap.
+
+    Raises DataError where there are too few tokens for one.
+    """
+    if len(stream) < length:
+        raise DataError(
+            f"--data: has {len(stream)} tokens, too few for a window of {length}; give more text or a shorter --length"
+        )
+    count = min(count, len(stream) // length)
+    starts = [i * (len(stream) - length) // max(1, count - 1) for i in range(count)]
+    return torch.stack([stream[start : start + length] for start in starts])
