@@ -477,6 +477,11 @@ def _cascaded(given: Sequence[Settings]) -> CascadeSettings:
                 f"leave one of them out"
             )
     found = own.calibrated
+    if found is not None and getattr(source, "skip", "") == "auto":
+        raise SettingError(
+            f"{FLAG} {own.name}: file={own.file} promises nothing of {source.name}:skip=auto, which changes while serving; "
+            f"give the blocks that it has found, or a rule"
+        )
     if found is not None and found.plugin != stage(source):
         raise SettingError(
             f"{FLAG} {own.name}: file={own.file} was made with {found.plugin}, and the cheap stage is {stage(source)}; use that, "

@@ -92,7 +92,7 @@ def calibrate(
     Args:
         losses: by bound, each prompt's share of tokens that are not the full model's choice; the same prompts everywhere.
     """
-    bounds = sorted(losses, key=lambda bound: rule.bolder * bound)
+    bounds = sorted(losses, key=lambda bound: -rule.at(bound).threshold)  # safest first
     table = np.array([losses[bound] for bound in bounds], dtype=np.float64).T
     column = boldest(table, 1.0 - quality, error, p_value)
     return None if column is None else rule.at(bounds[column])

@@ -32,7 +32,6 @@ class DeferralRule(ABC):
 
     Attributes:
         bound: in the rule's own unit, as a user writes it.
-        bolder: +1 where a larger bound keeps more, -1 where a smaller one does.
         foresees: the score is known before the full model has run.
     """
 
@@ -42,7 +41,6 @@ class DeferralRule(ABC):
     example: ClassVar[str]
     least: ClassVar[float]
     most: ClassVar[float]
-    bolder: ClassVar[int]
     foresees: ClassVar[bool] = False
 
     @property
@@ -74,7 +72,7 @@ class DeferralRule(ABC):
 class Confidence(DeferralRule):
     """max q >= bound: Chow's rule (1970). Above 1: never."""
 
-    name, example, least, most, bolder = "confidence", "confidence:0.8", 0.0, 2.0, -1
+    name, example, least, most = "confidence", "confidence:0.8", 0.0, 2.0
     foresees = True
 
     @property
@@ -88,7 +86,7 @@ class Confidence(DeferralRule):
 class Difference(DeferralRule):
     """max q >= max p - bound. At -1: never."""
 
-    name, example, least, most, bolder = "difference", "difference:0.1", -1.0, 1.0, 1
+    name, example, least, most = "difference", "difference:0.1", -1.0, 1.0
 
     @property
     def threshold(self) -> float:
@@ -101,7 +99,7 @@ class Difference(DeferralRule):
 class Top(DeferralRule):
     """p(x) >= (1 - bound) max p for the cheap token x. At 0 x must be the full model's likeliest token."""
 
-    name, example, least, most, bolder = "top", "top:0.5", 0.0, 1.0, 1
+    name, example, least, most = "top", "top:0.5", 0.0, 1.0
 
     @property
     def threshold(self) -> float:
@@ -117,7 +115,7 @@ class Exit(DeferralRule):
 
     policy: ExitPolicy
 
-    name, example, least, most, bolder = "exit", "exit:margin:0.4", -math.inf, math.inf, -1
+    name, example, least, most = "exit", "exit:margin:0.4", -math.inf, math.inf
     foresees = True
 
     @property

@@ -171,8 +171,7 @@ def test_a_rule_reads_what_it_writes_and_takes_another_bound(text):
     rule = deferral_rule(text)
     again = deferral_rule(str(rule.at(0.75)))
     assert str(rule) == text and (again.bound, again.threshold) == (0.75, rule.at(0.75).threshold)
-    bolder = rule.at(rule.bound + 0.125 * rule.bolder)
-    if not text.startswith("exit:entropy"):  # whose bound is a largest value
-        assert bolder.threshold < rule.threshold
+    bolder = 0.125 if text.split(":")[-2] in ("difference", "top", "entropy") else -0.125
+    assert rule.at(rule.bound + bolder).threshold < rule.threshold
     with pytest.raises(ValueError, match="is out of range for"):
         rule.at(math.inf)

@@ -99,6 +99,10 @@ def test_a_file_brings_its_rule_where_all_that_it_rests_on_is_the_same(tmp_path)
         (f"{given},route=cheap", "route=cheap is not the route=auto that file="),
         (f"{given},easy=0.5", "easy=0.5 is not the easy=0.7 that file="),
         (given.replace("exit_layer=4", "exit_layer=3"), "and the cheap stage is {'name': 'self-draft'"),
+        (
+            given.replace("exit_layer=4", "skip=auto"),
+            "promises nothing of self-draft:skip=auto, which changes while serving",
+        ),
     ):
         with pytest.raises(SettingError) as error:
             registry.resolve(wrong)
