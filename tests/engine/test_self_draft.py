@@ -176,7 +176,7 @@ def test_a_part_is_drafted_with_where_the_target_is_compiled(
         ({"exit_layer": 8}, "exit_layer=8 leaves nothing out of a model of 8 layers; use exit_layer=7 or less"),
         ({"skip": "3-9m"}, "skip=3-9m names layer 9; the model has layers 0 to 7"),
         ({"skip": "3,4"}, "skip=3,4 holds '3,4'; write layers with dashes between, as 3-4a-5m"),
-        ({"exit_layer": 2, "skip": "3"}, "exit_layer and skip of exit_layer, skip and speedup given; give one of them"),
+        ({"exit_layer": 2, "skip": "3"}, "exit_layer and skip both say what drafts; give one of them"),
         ({"exit_layer": 2, "max_tokens": 9}, "max_tokens=9 belongs to speedup; give both"),
     ],
 )
