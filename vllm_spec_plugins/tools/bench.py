@@ -2,13 +2,15 @@
 """Measurements on real servers: speed beside plain vLLM, identity of the output, constrained answers, distribution of the
 samples.
 
-`acceptance` needs no server: how often the walk goes on, by how a node's children were chosen.
+Two need no server. `acceptance`: how often the walk goes on, by how a node's children were chosen. `cache`: what an answer cache
+saves, by what it evicts.
 
     python -m vllm_spec_plugins.tools.bench [speed] --plugin lookahead --plugin lookahead:guesses=8 --json speed.json
     python -m vllm_spec_plugins.tools.bench identity --plugin lookahead
     python -m vllm_spec_plugins.tools.bench json --plugin lookahead:guesses=4
     python -m vllm_spec_plugins.tools.bench distribution --plugin lookahead
     python -m vllm_spec_plugins.tools.bench acceptance
+    python -m vllm_spec_plugins.tools.bench cache
 
 Further arguments for every server follow a ``--``: ``... bench --model M -- --max-model-len 2048``. Exit status 1 when an
 output is not plain vLLM's, or not what its schema allows.
@@ -29,7 +31,7 @@ from rich.table import Table
 
 from vllm_spec_plugins.config import SettingError
 from vllm_spec_plugins.registry import resolve
-from vllm_spec_plugins.tools import acceptance, identity, report
+from vllm_spec_plugins.tools import acceptance, caching, identity, report
 from vllm_spec_plugins.tools.load import GREEDY, PROMPTS, SAMPLED, TARGET, load_prompts
 from vllm_spec_plugins.tools.server import Server, ServerError, running, stop_on_sigterm
 from vllm_spec_plugins.tools.speed import (
@@ -175,6 +177,22 @@ def check_acceptance(
     return {"lines": [line.as_dict() for line in lines]}, [table], all(line.exact for line in lines)
 
 
+def check_cache(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple[dict[str, Any], list[Table], bool]:
+    """Total cost of Zipf traffic behind an answer cache."""
+    lines = caching.measure(arguments.seed, say=say)
+    table = Table(
+        title=f"cost of {caching.REQUESTS} requests for {caching.QUERIES} queries, of making every answer anew; mean of "
+        f"{caching.TRAFFICS} traffics, seed {arguments.seed}",
+        caption="optimum: the answers with the largest true frequency x cost, there from the start and kept",
+    )
+    for name in ("costs", "Zipf exponent", "room for", *caching.NAMES, "optimum"):
+        table.add_column(name, justify="left" if name == "costs" else "right")
+    for line in lines:
+        shares = (f"{share:.3f}" for share in (*line.cost.values(), line.optimum))
+        table.add_row(line.costs, f"{line.exponent:g}", str(line.entries), *shares)
+    return {"lines": [line.as_dict() for line in lines]}, [table], True
+
+
 def _servers(
     configurations: Sequence[Configuration],
     arguments: argparse.Namespace,
@@ -197,6 +215,7 @@ MEASUREMENTS: dict[str, Callable[..., tuple[dict[str, Any], list[Table], bool]]]
     "json": check_json,
     "distribution": check_distribution,
     "acceptance": check_acceptance,
+    "cache": check_cache,
 }
 # prompts, max_tokens
 DEFAULTS = {
@@ -205,6 +224,7 @@ DEFAULTS = {
     "json": (200, 256),
     "distribution": (0, 0),
     "acceptance": (0, 0),
+    "cache": (0, 0),
 }
 
 
@@ -240,7 +260,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=secrets.randbelow(2**31),
         metavar="N",
-        help="distribution: the server's; acceptance: of the pairs and the noise (a new one)",
+        help="distribution: the server's; acceptance: of the pairs and the noise; cache: of the traffic (a new one)",
     )
     parser.add_argument("--no-ngram", action="store_true", help="speed: leave out vLLM's own ngram method")
     parser.add_argument("--ngram-drafts", type=int, default=4, metavar="N", help="its drafts per step (%(default)s)")
