@@ -61,7 +61,8 @@ class EmbeddingServer:
             rows = sorted(reply.json()["data"], key=lambda row: row["index"])
             found = np.asarray([row["embedding"] for row in rows], np.float32)
         except self._error as error:
-            raise CacheError(f"no embedding from {self._url}: {error}") from error
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise CacheError(f"no embedding from {self._url}: {reason}") from error
         return found
 
 

@@ -234,8 +234,9 @@ def test_an_embedding_server_is_asked_as_openai_has_it(embeddings: Any, suffix: 
 @pytest.mark.parametrize("reply", [(500, "{}"), (200, "no JSON"), (200, "{}"), (200, '{"data": [{"index": 0}]}')])
 def test_an_embedding_server_that_fails_is_one_sentence(embeddings: Any, reply: tuple[int, str]) -> None:
     embeddings.reply = reply
-    with pytest.raises(CacheError, match=r"no embedding from http://127.0.0.1:\d+/v1/embeddings: "):
+    with pytest.raises(CacheError, match=r"no embedding from http://127.0.0.1:\d+/v1/embeddings: .") as failed:
         EmbeddingServer(f"http://127.0.0.1:{embeddings.server_port}", "m").embed(["a"])
+    assert "\n" not in str(failed.value)
 
 
 def test_an_embedding_server_that_is_not_there_is_one_sentence() -> None:
