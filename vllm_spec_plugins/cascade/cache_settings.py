@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
@@ -19,9 +20,9 @@ SENTENCE_TRANSFORMERS = "sentence-transformers:"
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CacheSettings:
-    """Made with `parse`, which checks everything once."""
+    """Made with `parse`, which checks everything once. Its text, which may be logged, has no password in it."""
 
     store: str = setting(
         "answers.sqlite", "a file (SQLite), or redis://..., rediss://..., unix://... for a Redis server"
@@ -88,10 +89,17 @@ class CacheSettings:
                 f"cache: embedder={self.embedder or None} with embedder_model={self.embedder_model or None} does not go "
                 f"together; a server needs the model's name, anything else has none"
             )
+        if remote and "@" in self.embedder:
+            raise SettingError("cache: embedder=... has a user or password in it; name a variable in embedder_key_env")
         if self.embedder_key_env and not remote:
             raise SettingError(
                 f"cache: embedder_key_env={self.embedder_key_env} belongs to an embedder at http://... or https://..."
             )
+
+    def __repr__(self) -> str:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values["store"] = re.sub(r"(?<=://).*@", "...@", self.store)
+        return f"CacheSettings({', '.join(f'{name}={value!r}' for name, value in values.items())})"
 
     @property
     def in_redis(self) -> bool:

@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import math
+import re
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -64,7 +67,32 @@ def test_what_cannot_be_used_is_one_sentence(given: dict[str, Any], words: list[
         assert word in message
 
 
-def test_a_password_in_a_url_is_not_repeated() -> None:
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"store": "postgres://user:secret@h"},
+        {"semantic": 0.9, "embedder": "http://user:secret@h", "embedder_model": "m"},
+    ],
+)
+def test_a_password_in_a_url_is_not_repeated_in_a_message(given: dict[str, Any]) -> None:
     with pytest.raises(SettingError) as refused:
-        CacheSettings.parse({"store": "postgres://user:secret@h"})
+        CacheSettings.parse(given)
     assert "secret" not in str(refused.value)
+
+
+def test_a_password_is_not_in_what_a_log_may_show() -> None:
+    shown = repr(CacheSettings.parse({"store": "redis://user:se@cret@h:1/0", "max_entries": 7}))
+    assert "store='redis://...@h:1/0', max_entries=7" in shown
+    assert "cret" not in shown
+
+
+def test_the_documentation_has_every_setting_with_its_default() -> None:
+    text = (Path(__file__).resolve().parents[3] / "docs" / "answer-cache.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)` \|(.*?)\|", text, re.MULTILINE))
+    defaults = CacheSettings()
+    assert list(rows) == [field.name for field in fields(CacheSettings)]
+    for name, cell in rows.items():
+        value, shown = getattr(defaults, name), cell.strip().strip("`")
+        words = {math.inf: ".inf", False: "false", None: "", "": ""}
+        wanted = words[value] if value in words else f"{value:.0f}" if isinstance(value, float) else str(value)
+        assert shown == wanted, name

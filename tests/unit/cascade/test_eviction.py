@@ -122,11 +122,3 @@ def test_lec_costs_less_than_lru_and_lfu_on_zipf_traffic_and_comes_near_the_opti
 def test_with_equal_costs_lec_is_lfu(seed: int) -> None:
     given = caching.traffic("equal", 0.9, np.random.default_rng(seed), queries=600, requests=6000)
     assert caching.total("lec", given, 40) == pytest.approx(caching.total("lfu", given, 40), rel=0.01)
-
-
-def test_the_bench_reports_every_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(caching, "REQUESTS", 500)
-    monkeypatch.setattr(caching, "TRAFFICS", 1)
-    lines = caching.measure(1)
-    assert [(line.costs, line.exponent, line.entries) for line in lines] == list(caching.LINES)
-    assert all(0 < share <= 1 for line in lines for share in (*line.cost.values(), line.optimum))

@@ -137,6 +137,20 @@ def test_the_answer_to_a_question_that_was_evicted_is_not_given(opened: Any) -> 
     assert cache.get(cache.key(request("ooz"), "a")) is not None
 
 
+def test_a_near_answer_that_is_too_old_is_not_given(place: str) -> None:
+    now = [1_000_000.0]
+    given = {"store": place, "semantic": 0.9, "embedder": "http://unused", "embedder_model": "m", "max_age": 100}
+    cache = open_cache(CacheSettings.parse(given), clock=lambda: now[0], embed=Letters())
+    cache.put(cache.key(request("listen"), "a"), answer("hears"))
+    now[0] += 90
+    silent = cache.key(request("silent"), "a")
+    assert cache.get(silent) is not None
+    assert cache.get(silent, max_age=80) is None
+    now[0] += 20
+    assert cache.get(silent) is None
+    cache.close()
+
+
 def test_vectors_of_evicted_answers_leave_the_memory(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(semantic, "REBUILD", 10)
     cache = opened(max_entries=5, eviction="lru")
