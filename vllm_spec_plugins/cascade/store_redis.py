@@ -16,6 +16,7 @@ from vllm_spec_plugins.cascade.store_sqlite import check_policy
 
 PREFIX = "{vllm-spec-cache:1}:"
 ANSWER = 10.0  # seconds that an exchange with the server may take
+PAGE = 1000  # vectors per exchange: while a script runs, the server does nothing else
 GROUP = 64  # characters of a group's name, which stands before its vector
 
 # data, cost, weight, vector: key -> value; score, seen, revision: sorted by it; total: entries' bytes, last revision; policy.
@@ -92,7 +93,7 @@ return redis.call('HEXISTS', data, key)
 """
 
 VECTORS = """
-local flat = redis.call('ZRANGEBYSCORE', revision, '(' .. ARGV[1], '+inf', 'WITHSCORES')
+local flat = redis.call('ZRANGEBYSCORE', revision, '(' .. ARGV[1], '+inf', 'WITHSCORES', 'LIMIT', 0, ARGV[2])
 local found = {}
 for i = 1, #flat, 2 do
     found[#found + 1] = {flat[i], flat[i + 1], redis.call('HGET', vector, flat[i])}
@@ -168,11 +169,12 @@ class RedisStore:
         return bool(self._put([*self._arguments(key, now), *limits, data, repr(cost), embedding]))
 
     def vectors(self, after: int) -> list[Vector]:
-        found = self._vectors([after])
-        return [
-            Vector(int(revision), key.decode(), vector[:GROUP].decode().rstrip(), vector[GROUP:])
-            for key, revision, vector in found
-        ]
+        found: list[Vector] = []
+        while page := self._vectors([after, PAGE]):
+            for key, revision, vector in page:
+                found.append(Vector(int(revision), key.decode(), vector[:GROUP].decode().rstrip(), vector[GROUP:]))
+            after = found[-1].revision
+        return found
 
     def size(self) -> tuple[int, int]:
         entries, size = self._size([])

@@ -103,13 +103,13 @@ class SQLiteStore:
             check_policy(str(self.path), self.policy, name, half_life)
 
     @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """BEGIN IMMEDIATE: what is read is still true when it is written."""
+    def _transaction(self, begin: str = "BEGIN IMMEDIATE") -> Iterator[sqlite3.Connection]:
+        """IMMEDIATE: what is read is still true when it is written. What only reads keeps nobody waiting with a plain BEGIN."""
         if os.getpid() != self._process:
             raise CacheError(f"the answer cache {self.path} was opened before this process was forked; open it after")
         try:
             with self._lock:
-                self._connection.execute("BEGIN IMMEDIATE")
+                self._connection.execute(begin)
                 try:
                     yield self._connection
                     self._connection.execute("COMMIT")
@@ -183,7 +183,7 @@ class SQLiteStore:
         sql.execute("UPDATE total SET seen = ?", (seen + 1 - excess,))
 
     def vectors(self, after: int) -> list[Vector]:
-        with self._transaction() as sql:
+        with self._transaction("BEGIN") as sql:
             rows = sql.execute(
                 "SELECT revision, key, grp, vector FROM entry WHERE vector != x'' AND revision > ? ORDER BY revision",
                 (after,),
@@ -191,7 +191,7 @@ class SQLiteStore:
         return [Vector(*row) for row in rows]
 
     def size(self) -> tuple[int, int]:
-        with self._transaction() as sql:
+        with self._transaction("BEGIN") as sql:
             entries, size = sql.execute("SELECT entries, bytes FROM total").fetchone()
         return entries, size
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import redis
 
+from vllm_spec_plugins.cascade import store_redis
 from vllm_spec_plugins.cascade.eviction import LEC
 from vllm_spec_plugins.cascade.store import CacheError, Limits
 from vllm_spec_plugins.cascade.store_redis import RedisStore
@@ -22,6 +23,17 @@ def test_a_server_that_lost_its_scripts_gets_them_again(redis_url: str) -> None:
     with redis.Redis.from_url(redis_url) as client:
         client.script_flush()
     assert store.get("key", 2.0) == b"x"
+    store.close()
+
+
+def test_vectors_come_page_by_page_and_all_of_them(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_redis, "PAGE", 3)
+    store = RedisStore(redis_url, LEC(1e6), LIMITS)
+    for number in range(10):
+        store.put(f"key {number}", b"x", 1.0, 1.0, "g" * 64, bytes([number]) * 4)
+    rows = store.vectors(0)
+    assert [row.key for row in rows] == [f"key {number}" for number in range(10)]
+    assert store.vectors(rows[3].revision) == rows[4:]
     store.close()
 
 
