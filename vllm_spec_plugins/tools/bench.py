@@ -2,8 +2,8 @@
 """Measurements on real servers: speed beside plain vLLM, identity of the output, constrained answers, distribution of the
 samples.
 
-`acceptance` and `cohorts` need no server: how often the walk goes on, by how a node's children were chosen; and a simulation
-of admission policies for SkipDecode. `arrivals` sends requests that come over time, not a number at a time.
+Three need no server. `acceptance`: how often the walk goes on, by how a node's children were chosen. `cohorts`: a simulation of
+admission policies for SkipDecode. `cache`: what an answer cache saves, by what it evicts. `arrivals` sends requests that come over time, not a number at a time.
 
     python -m vllm_spec_plugins.tools.bench [speed] --plugin lookahead --plugin lookahead:guesses=8 --json speed.json
     python -m vllm_spec_plugins.tools.bench identity --plugin lookahead
@@ -12,6 +12,7 @@ of admission policies for SkipDecode. `arrivals` sends requests that come over t
     python -m vllm_spec_plugins.tools.bench acceptance
     python -m vllm_spec_plugins.tools.bench cohorts --rate 0.1 --rate 1
     python -m vllm_spec_plugins.tools.bench arrivals --rate 2 --plugin skipdecode:speedup=2
+    python -m vllm_spec_plugins.tools.bench cache
 
 Further arguments for every server follow a ``--``: ``... bench --model M -- --max-model-len 2048``. Exit status 1 when an
 output is not plain vLLM's, or not what its schema allows.
@@ -33,7 +34,7 @@ from rich.table import Table
 
 from vllm_spec_plugins.config import SettingError
 from vllm_spec_plugins.registry import resolve
-from vllm_spec_plugins.tools import acceptance, arrivals, cohorts, identity, report, traces
+from vllm_spec_plugins.tools import acceptance, arrivals, caching, cohorts, identity, report, traces
 from vllm_spec_plugins.tools.load import GREEDY, PROMPTS, SAMPLED, TARGET, load_prompts
 from vllm_spec_plugins.tools.server import Server, ServerError, running, stop_on_sigterm
 from vllm_spec_plugins.tools.speed import (
@@ -235,6 +236,22 @@ def _traces(arguments: argparse.Namespace, rates: Sequence[float]) -> list[tuple
     return found
 
 
+def check_cache(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple[dict[str, Any], list[Table], bool]:
+    """Total cost of Zipf traffic behind an answer cache."""
+    lines = caching.measure(arguments.seed, say=say)
+    table = Table(
+        title=f"cost of {caching.REQUESTS} requests for {caching.QUERIES} queries, of making every answer anew; mean of "
+        f"{caching.TRAFFICS} traffics, seed {arguments.seed}",
+        caption="optimum: the answers with the largest true frequency x cost, there from the start and kept",
+    )
+    for name in ("costs", "Zipf exponent", "room for", *caching.NAMES, "optimum"):
+        table.add_column(name, justify="left" if name == "costs" else "right")
+    for line in lines:
+        shares = (f"{share:.3f}" for share in (*line.cost.values(), line.optimum))
+        table.add_row(line.costs, f"{line.exponent:g}", str(line.entries), *shares)
+    return {"lines": [line.as_dict() for line in lines]}, [table], True
+
+
 def _servers(
     configurations: Sequence[Configuration],
     arguments: argparse.Namespace,
@@ -259,6 +276,7 @@ MEASUREMENTS: dict[str, Callable[..., tuple[dict[str, Any], list[Table], bool]]]
     "acceptance": check_acceptance,
     "cohorts": simulate_cohorts,
     "arrivals": measure_arrivals,
+    "cache": check_cache,
 }
 # prompts, max_tokens
 DEFAULTS = {
@@ -269,6 +287,7 @@ DEFAULTS = {
     "acceptance": (0, 0),
     "cohorts": (96, 256),
     "arrivals": (32, 128),
+    "cache": (0, 0),
 }
 
 
@@ -311,7 +330,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=secrets.randbelow(2**31),
         metavar="N",
-        help="distribution: the server's; acceptance: of the pairs and the noise; cohorts, arrivals: of the trace (a new one)",
+        help="distribution: the server's; acceptance: of the pairs and the noise; cohorts, arrivals, cache: of the traffic (a new one)",
     )
     over_time = parser.add_argument_group("requests that arrive over time (cohorts, arrivals)")
     over_time.add_argument(
