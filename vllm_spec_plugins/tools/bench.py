@@ -3,7 +3,8 @@
 samples.
 
 Three need no server. `acceptance`: how often the walk goes on, by how a node's children were chosen. `cohorts`: a simulation of
-admission policies for SkipDecode. `cache`: what an answer cache saves, by what it evicts. `arrivals` sends requests that come over time, not a number at a time.
+admission policies for SkipDecode. `cache`: what an answer cache saves, by what it evicts. `arrivals` sends requests that come
+over time, not a number at a time.
 
     python -m vllm_spec_plugins.tools.bench [speed] --plugin lookahead --plugin lookahead:guesses=8 --json speed.json
     python -m vllm_spec_plugins.tools.bench identity --plugin lookahead
@@ -330,7 +331,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=secrets.randbelow(2**31),
         metavar="N",
-        help="distribution: the server's; acceptance: of the pairs and the noise; cohorts, arrivals, cache: of the traffic (a new one)",
+        help="distribution: the server's; acceptance: of the pairs and noise; cohorts, arrivals, cache: of the traffic (a new one)",
     )
     over_time = parser.add_argument_group("requests that arrive over time (cohorts, arrivals)")
     over_time.add_argument(
