@@ -331,7 +331,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=secrets.randbelow(2**31),
         metavar="N",
-        help="distribution: the server's; acceptance: of the pairs and noise; cohorts, arrivals, cache: of the traffic (a new one)",
+        help="distribution: the server's; acceptance: of the pairs and noise; cohorts, arrivals, cache: of the traffic (new)",
     )
     over_time = parser.add_argument_group("requests that arrive over time (cohorts, arrivals)")
     over_time.add_argument(
