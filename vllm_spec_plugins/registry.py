@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from vllm_spec_plugins.cascade.rules import Deferral
 from vllm_spec_plugins.config import FLAG, Given, SettingError, Settings, parse_plugins
 from vllm_spec_plugins.layers.exit_policy import ExitPolicy
 from vllm_spec_plugins.layers.plan import exits_of
@@ -23,6 +24,7 @@ from vllm_spec_plugins.proposers.mixture import MixtureProposer
 from vllm_spec_plugins.proposers.self_draft import SelfDraftProposer
 from vllm_spec_plugins.proposers.specinfer import SpecInferProposer
 from vllm_spec_plugins.settings import (
+    CascadeSettings,
     JacobiSettings,
     LookaheadSettings,
     MedusaSettings,
@@ -41,8 +43,8 @@ class Surroundings:
     """What a proposer may know of the engine that it is built for.
 
     `dtype` is that of the target's hidden states, `num_layers` its depth. `weights` reads a checkpoint's tensors by path or hub
-    id, `draft` makes a draft model for trees of so many nodes and `shallow` one of part of the target; they are None where only
-    the shape of the trees is asked for.
+    id, `draft` makes a draft model for trees of so many nodes and `shallow` one of part of the target, with a policy that stops
+    it, or judges it; they are None where only the shape of the trees is asked for.
     """
 
     max_requests: int
@@ -53,7 +55,8 @@ class Surroundings:
     dtype: torch.dtype = torch.float32
     weights: Callable[[str], Iterable[tuple[str, torch.Tensor]]] | None = None
     draft: Callable[[str, int], DraftModel] | None = None
-    shallow: Callable[[Planner, ExitPolicy | None], DraftModel] | None = None
+    shallow: Callable[[Planner, ExitPolicy | None, bool], DraftModel] | None = None
+    judge: ExitPolicy | None = None  # of a cascade whose rule is one
     num_layers: int = 0
 
 
@@ -83,6 +86,11 @@ class Target:
     lora: bool
     shapes: Callable[[str], Mapping[str, tuple[int, ...]]]
     draft: Callable[[str], Draft]
+
+    @property
+    def size(self) -> dict[str, int]:
+        """What tells it from other models."""
+        return {"hidden_size": self.hidden_size, "vocab_size": self.vocab_size, "num_layers": self.num_layers}
 
 
 LOSSY = Count("lossy_tokens", "Accepted tokens that the target had not drawn.")
@@ -137,7 +145,7 @@ def register(method: Method) -> None:
     if not 0 <= depth <= nodes:
         raise ValueError(f"method {name!r} proposes {nodes} nodes down to depth {depth}")
     rule = method.rule(settings)
-    if missing := [a for a in ("name", "lossless", "needs_target") if not hasattr(rule, a)]:
+    if missing := [a for a in ("name", "lossless", "needs_target", "coupled", "caveat") if not hasattr(rule, a)]:
         raise ValueError(f"method {name!r}: its rule lacks {', '.join(missing)}")
     METHODS[name] = method
 
@@ -265,8 +273,10 @@ def _check_draft(name: str, target: Target) -> None:
 
 
 def _self_draft(settings: SelfDraftSettings, around: Surroundings) -> SelfDraftProposer:
+    policy = around.judge or settings.policy(around.device)
+    judges = around.judge is not None
     return SelfDraftProposer(
-        around.shallow and around.shallow(settings.planner(around.num_layers), settings.policy(around.device)),
+        around.shallow and around.shallow(settings.planner(around.num_layers), policy, judges),
         nodes=settings.nodes,
         depth=settings.depth,
         ranks=settings.ranks,
@@ -279,13 +289,18 @@ def _check_self_draft(settings: SelfDraftSettings, target: Target) -> None:
         raise SettingError(
             f"{FLAG} {settings.name}: --enable-lora is not supported: a draft's rows have no adapters; start without it"
         )
-    planner, policy = settings.planner(target.num_layers), settings.policy()
+    policy = settings.policy()
     if policy is not None:
-        exits = exits_of(planner.plan(np.zeros(1, dtype=np.int64)), max(2, policy.exits_needed))
-        try:
-            policy.check(exits, target.vocab_size, target.hidden_size)
-        except ValueError as error:
-            raise SettingError(f"{FLAG} {settings.name}: exit={settings.exit} cannot be used: {error}") from error
+        _check_policy(policy, f"{settings.name}: exit={settings.exit}", settings, target)
+
+
+def _check_policy(policy: ExitPolicy, what: str, settings: SelfDraftSettings, target: Target) -> None:
+    planner = settings.planner(target.num_layers)
+    exits = exits_of(planner.plan(np.zeros(1, dtype=np.int64)), max(2, policy.exits_needed))
+    try:
+        policy.check(exits, target.vocab_size, target.hidden_size)
+    except ValueError as error:
+        raise SettingError(f"{FLAG} {what} cannot be used: {error}") from error
 
 
 def _mix(settings: MixSettings, around: Surroundings) -> MixtureProposer:
@@ -307,6 +322,26 @@ def _check_mix(settings: MixSettings, target: Target) -> None:
         check = method_of(source).check
         if check is not None:
             check(source, target)
+
+
+def _cascade(settings: CascadeSettings, around: Surroundings) -> Proposer:
+    if settings.source is None:  # only its shape is asked for
+        return MixtureProposer((), max_requests=around.max_requests)
+    return proposer_of(settings.source, replace(around, judge=settings.judge(around.device)))
+
+
+def _check_cascade(settings: CascadeSettings, target: Target) -> None:
+    source, found = settings.source, settings.calibrated
+    assert source is not None
+    if (check := method_of(source).check) is not None:
+        check(source, target)
+    if isinstance(source, SelfDraftSettings) and (judge := settings.judge()) is not None:
+        _check_policy(judge, f"{settings.name}: rule={settings.deferral()}", source, target)
+    if found is not None and found.target != target.size:
+        raise SettingError(
+            f"{FLAG} {settings.name}: file={settings.file} was made for a model of {found.target}, and this one has "
+            f"{target.size}; run vllm-spec tune cascade on this model"
+        )
 
 
 def _rule(settings: SpeculationSettings) -> AcceptRule:
@@ -339,6 +374,15 @@ register(
     )
 )
 register(Method(MixSettings, proposer=_mix, rule=_rule, check=_check_mix, slots=_mixed_slots))
+register(
+    Method(
+        CascadeSettings,
+        proposer=_cascade,
+        rule=lambda settings: Deferral(settings.deferral()),
+        check=_check_cascade,
+        slots=lambda settings: 0 if settings.source is None else method_of(settings.source).slots(settings.source),
+    )
+)
 register(Method(SkipDecodeSettings, proposer=None, rule=lambda _: Walk(), schedule=SkipDecodeSettings.schedule))
 
 
@@ -348,8 +392,10 @@ def plugins(value: Given) -> list[Settings]:
 
 
 def resolve(value: Given) -> Settings:
-    """The settings that all of it asks for: one plugin's, or those of a mixture. Raises SettingError."""
+    """The settings that all of it asks for: one plugin's, those of a mixture, or of a cascade. Raises SettingError."""
     given = plugins(value)
+    if any(isinstance(settings, CascadeSettings) for settings in given):
+        return _cascaded(given)
     if len(given) == 1 and not isinstance(given[0], MixSettings):
         return given[0]
     return _mixture(given)
@@ -395,6 +441,59 @@ def _mixture(given: Sequence[Settings]) -> MixSettings:
     every = (own, *sources)
     adapt = all(isinstance(settings, SpeculationSettings) and settings.adapt for settings in every)
     return replace(own, adapt=adapt, sources=sources)
+
+
+def _cascaded(given: Sequence[Settings]) -> CascadeSettings:
+    own, *twice = (settings for settings in given if isinstance(settings, CascadeSettings))
+    if twice:
+        raise SettingError(f"{FLAG} {own.name}: is given {len(twice) + 1} times; give it once")
+    sources = [settings for settings in given if settings is not own]
+    example = f"write {FLAG} self-draft:exit_layer=4 {FLAG} {own.name}:rule=difference:0.1"
+    if len(sources) != 1:
+        others = ", ".join(settings.name for settings in sources)
+        raise SettingError(
+            f"{FLAG} {own.name}: has one plugin for its cheap stage, and there is {others or 'none'}; {example}"
+        )
+    (source,) = sources
+    method = method_of(source)
+    if method.proposer is None or not getattr(method.proposer(source, SMALLEST), "tells_confidence", False):
+        raise SettingError(
+            f"{FLAG} {source.name}: has no model that could be the cheap stage of {FLAG} {own.name}; use self-draft, or "
+            f"specinfer with one draft model"
+        )
+    if not isinstance(method.rule(source), Walk):
+        raise SettingError(
+            f"{FLAG} {source.name}: accepts by a rule of its own, and {FLAG} {own.name} has another; leave accept out"
+        )
+    if own.judge() is not None:
+        if not isinstance(source, SelfDraftSettings):
+            raise SettingError(
+                f"{FLAG} {own.name}: rule={own.deferral()} asks for layers to leave, and {source.name} has none; use self-draft, "
+                f"or another rule"
+            )
+        if source.exit:
+            raise SettingError(
+                f"{FLAG} {own.name}: rule={own.deferral()} judges the draft, and {source.name}:exit={source.exit} stops it; "
+                f"leave one of them out"
+            )
+    found = own.calibrated
+    if found is not None and getattr(source, "skip", "") == "auto":
+        raise SettingError(
+            f"{FLAG} {own.name}: file={own.file} promises nothing of {source.name}:skip=auto, which changes while serving; "
+            f"give the blocks that it has found, or a rule"
+        )
+    if found is not None and found.plugin != stage(source):
+        raise SettingError(
+            f"{FLAG} {own.name}: file={own.file} was made with {found.plugin}, and the cheap stage is {stage(source)}; use that, "
+            f"or make a file with this one"
+        )
+    assert isinstance(source, SpeculationSettings)
+    return replace(own, adapt=own.adapt and source.adapt, source=source)
+
+
+def stage(source: Settings) -> dict[str, Any]:
+    """What of a cheap stage's settings bears on what it says."""
+    return {key: value for key, value in source.as_dict().items() if key != "adapt"}
 
 
 def proposer_of(settings: Settings, around: Surroundings) -> Proposer:

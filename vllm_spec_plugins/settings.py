@@ -14,6 +14,9 @@ from typing import Any, ClassVar, Self
 import torch
 
 from vllm_spec_plugins import choices as tree_choices
+from vllm_spec_plugins.cascade.calibration import Calibrated
+from vllm_spec_plugins.cascade.routes import ROUTES
+from vllm_spec_plugins.cascade.rules import DeferralRule, Exit, deferral_rule
 from vllm_spec_plugins.config import FLAG, SettingError, Settings, setting
 from vllm_spec_plugins.layers import plan_file
 from vllm_spec_plugins.layers.exits import ExitPolicy
@@ -348,6 +351,111 @@ class MixSettings(SpeculationSettings):
     @property
     def title(self) -> str:
         return f" {FLAG} ".join(source.name for source in self.sources)
+
+
+@dataclass(frozen=True)
+class CascadeSettings(SpeculationSettings):
+    """A cascade: another plugin's draft writes, the full model verifies, a rule decides whose token stands. LOSSY.
+
+    ``--plugin cascade:...`` stands beside the plugin that is its cheap stage.
+    """
+
+    name: ClassVar[str] = "cascade"
+
+    rule: str | None = setting(
+        None, "where the draft's token stands: confidence:T, difference:A, top:A or exit:POLICY (difference:0)"
+    )
+    file: str | None = setting(None, "a rule that vllm-spec tune cascade has found, in place of rule")
+    quality: float | None = setting(None, "refuse to start unless the file promises as much", least=0.0, most=1.0)
+    route: str = setting("auto", "of requests that do not say: cheap, full (exact), or auto: cheap while it is easy")
+    easy: float = setting(
+        0.7, "auto: cheap while the draft's choice is the model's in so many of a request's rows", least=0.0, most=1.0
+    )
+    cheap_nodes: int = setting(
+        16, "most nodes of other requests in a step that also serves a full one; 0: no limit", least=0, most=1 << 16
+    )
+    source: Settings | None = field(
+        default=None, metadata={"doc": "the cheap stage; a --plugin of its own", "least": None, "most": None}
+    )
+
+    @classmethod
+    def parse(cls, given: Mapping[str, Any]) -> Self:
+        if "source" in given:
+            raise SettingError(
+                f"{FLAG} {cls.name}: there is no setting 'source'; give the cheap stage a {FLAG} of its own beside {cls.name}"
+            )
+        return super().parse(given)
+
+    def check(self) -> None:
+        super().check()
+        if self.accept != "walk":
+            raise SettingError(
+                f"{FLAG} {self.name}: accept={self.accept} contradicts the cascade's own rule; leave it out"
+            )
+        if self.route not in ROUTES:
+            raise SettingError(f"{FLAG} {self.name}: route={self.route} is not valid; valid are {', '.join(ROUTES)}")
+        if self.rule is not None and self.file is not None:
+            raise SettingError(
+                f"{FLAG} {self.name}: rule={self.rule} and file={self.file} are given; leave one of them out"
+            )
+        if self.file is None and self.quality is not None:
+            raise SettingError(
+                f"{FLAG} {self.name}: quality={self.quality:g} is promised by no file; find a rule with vllm-spec tune cascade "
+                f"and give file=FILE"
+            )
+        self.deferral()
+        found = self.calibrated
+        if found is None:
+            return
+        if self.quality is not None and found.quality < self.quality:
+            raise SettingError(
+                f"{FLAG} {self.name}: quality={self.quality:g} is more than the {found.quality:g} that file={self.file} "
+                f"promises; run vllm-spec tune cascade --quality {self.quality:g}"
+            )
+        for key, least in (("route", found.route), ("easy", found.easy)):
+            if getattr(self, key) != least:
+                raise SettingError(
+                    f"{FLAG} {self.name}: {key}={getattr(self, key)} is not the {key}={least} that file={self.file} was made "
+                    f"with; use that, or make a file with it"
+                )
+
+    @property
+    def calibrated(self) -> Calibrated | None:
+        """What the file holds. Raises SettingError."""
+        if self.file is None:
+            return None
+        try:
+            return Calibrated.load(self.file)
+        except ValueError as error:
+            raise SettingError(
+                f"{FLAG} {self.name}: file={self.file} cannot be used: {error}; give one that vllm-spec tune cascade has written"
+            ) from error
+
+    def deferral(self, device: torch.device | str = "cpu") -> DeferralRule:
+        """The rule. Raises SettingError."""
+        found = self.calibrated
+        try:
+            return deferral_rule(self.rule or "difference:0" if found is None else found.rule, device)
+        except ValueError as error:
+            raise SettingError(f"{FLAG} {self.name}: rule={error}") from error
+
+    def judge(self, device: torch.device | str = "cpu") -> ExitPolicy | None:
+        """The exit policy that scores the cheap stage's rows, if the rule is one."""
+        rule = self.deferral(device)
+        return rule.policy if isinstance(rule, Exit) else None
+
+    def as_dict(self) -> dict[str, Any]:
+        values = super().as_dict()
+        values.pop("source", None)
+        return values
+
+    def as_given(self) -> list[dict[str, Any]]:
+        beside = [self.source.as_dict()] if self.source is not None else []
+        return [*beside, self.as_dict()]
+
+    @property
+    def title(self) -> str:
+        return self.name if self.source is None else f"{self.source.name} {FLAG} {self.name}"
 
 
 @dataclass(frozen=True)

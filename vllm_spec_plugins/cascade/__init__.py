@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which stage answers, and which answers are kept. Pure: knows neither vLLM nor models."""
+"""Which stage answers, token by token or request by request, and which answers are kept. Pure: knows neither vLLM nor models."""

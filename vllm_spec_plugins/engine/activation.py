@@ -53,10 +53,10 @@ def check(config: Any, settings: Settings) -> None:
         )
     if not (rule := method.rule(settings)).lossless:
         init_logger(f"vllm.{__name__}").warning(
-            "%s %s: accept=%s is lossy: sampled text is not plain decoding's (greedy text is)",
+            "%s %s: %s",
             FLAG,
             settings.name,
-            rule.name,
+            rule.caveat,
         )
 
 

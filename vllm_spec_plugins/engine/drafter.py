@@ -70,7 +70,7 @@ class PagedDraft:
     Attributes:
         what: the draft, in a sentence.
         step: the batch that trees are grown for.
-        cost, kept: see `DraftModel`.
+        cost, kept, score: see `DraftModel`.
         model: of the forward passes.
         layers: its attention layers, by their names in vLLM's table of layers.
         own: those that are not the target's.
@@ -80,6 +80,7 @@ class PagedDraft:
     step: Step
     cost = 0.0
     kept: Tensor | None = None
+    score: Tensor | None = None
 
     def __init__(self, vllm_config: VllmConfig, req_states: RequestState) -> None:
         self.target_config, self.req_states = vllm_config, req_states

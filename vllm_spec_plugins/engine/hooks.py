@@ -115,10 +115,11 @@ def _process_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
     def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
         request = original(self, *args, **kwargs)
         if settings_of(self.vllm_config) is not None:
-            from vllm_spec_plugins.engine import contrastive, salts
+            from vllm_spec_plugins.engine import cascade, contrastive, salts
 
             contrastive.admit(request, self.vllm_config)
             salts.admit(request, self.vllm_config)
+            cascade.admit(request, self.vllm_config)
         return request
 
     return process_inputs
@@ -175,9 +176,10 @@ def _schedule(original: Callable[..., Any]) -> Callable[..., Any]:
 def _update_draft_token_ids(original: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
     def update_draft_token_ids(self: Any, draft_token_ids: Any) -> None:
         if is_tree_method(self.vllm_config.speculative_config):
-            from vllm_spec_plugins.engine import grammar, metrics, scheduling
+            from vllm_spec_plugins.engine import cascade, grammar, metrics, scheduling
 
             metrics.keep_counts(self, draft_token_ids)
+            cascade.make_room(self, draft_token_ids)
             scheduling.decline(self, draft_token_ids)
             grammar.remember_parents(self, draft_token_ids)
         original(self, draft_token_ids)

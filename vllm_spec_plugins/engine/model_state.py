@@ -20,7 +20,7 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.utils import AttentionGroup
 
-from vllm_spec_plugins.engine import attention, kv
+from vllm_spec_plugins.engine import attention, cascade, kv
 from vllm_spec_plugins.engine.settings import settings_of
 from vllm_spec_plugins.engine.state import StepTrees, TreeState
 from vllm_spec_plugins.registry import method_of
@@ -42,7 +42,7 @@ class TreeModelState(ModelState):
         self._positions = torch.zeros(self.max_num_tokens, dtype=torch.int64, device=device)
 
     def custom_sampler(self, sampler: Sampler) -> tuple[Any, Any]:
-        from vllm_spec_plugins.engine.sampler import TreeVerifier, likeliest
+        from vllm_spec_plugins.engine.sampler import TreeVerifier, confidence, likeliest
 
         # The target is loaded, its caches are not made yet: the moment for the models beside it.
         self.speculator: TreeSpeculator = cast("Any", sampler.req_states).speculator
@@ -52,13 +52,16 @@ class TreeModelState(ModelState):
         settings = settings_of(self.vllm_config)
         assert settings is not None
         rule = method_of(settings).rule(settings)
-        self.state.likeliest = partial(likeliest, sampler.sampling_states, rule.lossless)
+        self.state.likeliest = partial(likeliest, sampler.sampling_states, rule.coupled)
+        self.state.confidence_of = partial(confidence, sampler.sampling_states)
         return sampler, TreeVerifier(sampler, self.state, rule)
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         super().add_request(req_index, new_req_data)
         self.state.add_request(req_index, new_req_data.prompt_len, new_req_data.num_computed_tokens)
         params, computed = new_req_data.sampling_params, new_req_data.num_computed_tokens
+        if self.state.routes is not None:
+            cascade.add(self.state.routes, req_index, params)
         length = new_req_data.prompt_len + ((params and params.max_tokens) or 0)
         hidden_size = self.vllm_config.model_config.get_hidden_size()
         self.state.searches.add(req_index, params, computed, length, hidden_size, self.device)

@@ -16,6 +16,7 @@ from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS, SamplingStates
 
+from vllm_spec_plugins.cascade.rules import largest
 from vllm_spec_plugins.compiled import loops_for
 from vllm_spec_plugins.engine.state import StepTrees, TreeState, Verified
 from vllm_spec_plugins.tree.accept import Acceptance, AcceptRule, TargetRows, Walk
@@ -57,6 +58,8 @@ class TreeVerifier:
             drawn, processed = self._draw_all(processed, position, input_batch, trees, local)
         target = self._target(processed, input_batch, trees, local) if self.rule.needs_target else None
         acceptance = self.rule(tree, drawn, target)
+        if self.state.routes is not None:
+            self.state.routes.observe(input_batch.idx_mapping, tree, drawn, acceptance)
         self.state.verified = Verified(tree, drawn, acceptance)
         if self.state.lossy is not None:
             self.state.lossy += undrawn(acceptance, drawn)
@@ -144,7 +147,9 @@ class TreeVerifier:
         index = torch.full_like(trees.tree.depth, -1)
         index[trees.request, local] = torch.arange(len(local), device=local.device)
         temperature = self.sampler.sampling_states.temperature.gpu
-        return TargetRows(processed, index, greedy=temperature[batch.idx_mapping] == 0)
+        routes = self.state.routes
+        threshold = None if routes is None else routes.thresholds(batch.idx_mapping)
+        return TargetRows(processed, index, temperature[batch.idx_mapping] == 0, threshold=threshold)
 
     def _reads_history(self, slots: np.ndarray) -> bool:
         """Whether a processor of these requests looks at the drafts before a row (they take the rows for a chain)."""
@@ -205,10 +210,7 @@ def likeliest(
 
     Penalties, bad words and biases are left to the target: they change which tokens it draws, not what is right.
     """
-    if states.temperature.np[slots].any():
-        states.apply_temperature(logits, rows, slots)
-        states.apply_min_p(logits, rows, slots)
-        logits = states.apply_top_k_top_p(logits, rows, slots)
+    logits = _filtered(states, logits, rows, slots)
     if not loops_for(logits):
         raise NotImplementedError("coupled children are drawn on the CPU only")
     from vllm_spec_plugins.cpu.kernels.noise import gumbel_topk
@@ -219,6 +221,22 @@ def likeliest(
     tokens, sums = gumbel_topk(logits.numpy(), noisy, seeds, position.numpy(), count)
     scale = np.where(temperature > 0, temperature, np.float32(1.0))
     return torch.from_numpy(tokens), torch.from_numpy(sums * scale[:, None])
+
+
+def confidence(states: SamplingStates, logits: Tensor, rows: Tensor, slots: np.ndarray) -> Tensor:
+    """[n] float32: the largest probability that a draft's logits [n, V] give, after temperature and filters; as `likeliest`, but
+    the logits stay as they are.
+    """
+    return largest(_filtered(states, logits.clone(), rows, slots))
+
+
+def _filtered(states: SamplingStates, logits: Tensor, rows: Tensor, slots: np.ndarray) -> Tensor:
+    """Logits [n, V] after temperature, min-p, top-k and top-p; overwritten."""
+    if not states.temperature.np[slots].any():
+        return logits
+    states.apply_temperature(logits, rows, slots)
+    states.apply_min_p(logits, rows, slots)
+    return states.apply_top_k_top_p(logits, rows, slots)
 
 
 def undrawn(acceptance: Acceptance, drawn: Tensor) -> Tensor:
@@ -234,7 +252,8 @@ def _without_invalid(tree: TokenTree, request: Tensor, local: Tensor, invalid: T
     absent = torch.zeros(tree.tokens.shape[0], tree.tokens.shape[1] + 1, dtype=torch.bool, device=local.device)
     absent[request, local] = invalid
     absent = absent[:, 1:]
-    return TokenTree(tree.tokens.masked_fill(absent, -1), tree.parents.masked_fill(absent, 0), tree.max_depth)
+    tokens, parents = tree.tokens.masked_fill(absent, -1), tree.parents.masked_fill(absent, 0)
+    return TokenTree(tokens, parents, tree.max_depth, confidence=tree.confidence)
 
 
 def chain_layout(trees: StepTrees, cu_num_logits: Tensor, local: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -26,15 +26,24 @@ from vllm_spec_plugins.tree.tree import TokenTree
 
 
 class ShallowDraft(PagedDraft):
-    """Drafts with the part of the target that `planner` names, no further than `policy` finds its answers good."""
+    """Drafts with the part of the target that `planner` names, no further than `policy` finds its answers good.
+
+    Args:
+        judges: the policy stops nothing, it scores.
+    """
 
     what = "the target"
 
     def __init__(
-        self, vllm_config: VllmConfig, req_states: RequestState, planner: Planner, policy: ExitPolicy | None = None
+        self,
+        vllm_config: VllmConfig,
+        req_states: RequestState,
+        planner: Planner,
+        policy: ExitPolicy | None = None,
+        judges: bool = False,
     ) -> None:
         super().__init__(vllm_config, req_states)
-        self.planner, self.policy = planner, policy
+        self.planner, self.policy, self.judges = planner, policy, judges
         self.scorer = SkipScorer(self, planner) if isinstance(planner, SearchedPlan) else None
         self.streams: list[Tensor] = []  # behind the exits of the last pass
 
@@ -72,7 +81,10 @@ class ShallowDraft(PagedDraft):
         logits = super()._grow(tree, request, row, token)
         if self.policy is not None:
             signals = ExitSignals(self.plan.exit_layer, token, logits, *self._exits(token))
-            self.kept = self.policy.good(signals)
+            if self.judges:
+                self.score = self.policy.score(signals)
+            else:
+                self.kept = self.policy.good(signals)
         return logits
 
     def _forward(self, token: Tensor, position: Tensor) -> Tensor:

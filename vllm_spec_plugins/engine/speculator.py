@@ -18,16 +18,17 @@ from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 from vllm.v1.worker.gpu.spec_decode.utils import DraftTokensHandler
 from vllm.v1.worker.gpu.states import RequestState
 
+from vllm_spec_plugins.cascade.routes import Routes
 from vllm_spec_plugins.compiled import loops_for
 from vllm_spec_plugins.config import Settings
-from vllm_spec_plugins.engine import weights
+from vllm_spec_plugins.engine import cascade, weights
 from vllm_spec_plugins.engine.drafter import Drafter, PagedDraft
 from vllm_spec_plugins.engine.scheduling import TreeDraftTokenIds
 from vllm_spec_plugins.engine.shallow import ShallowDraft
 from vllm_spec_plugins.engine.state import TreeState, Verified
 from vllm_spec_plugins.layers.exit_policy import ExitPolicy
 from vllm_spec_plugins.layers.planner import Planner
-from vllm_spec_plugins.proposers.base import Counting, StepContext
+from vllm_spec_plugins.proposers.base import Counting, Deferring, StepContext
 from vllm_spec_plugins.registry import Surroundings, method_of
 from vllm_spec_plugins.tree.accept import Acceptance, Walk
 from vllm_spec_plugins.tree.tree import TokenTree
@@ -52,8 +53,8 @@ class TreeSpeculator(BaseSpeculator):
             self.drafters.append(Drafter(vllm_config, model, len(self.drafters), req_states, nodes))
             return self.drafters[-1]
 
-        def shallow(planner: Planner, policy: ExitPolicy | None) -> PagedDraft:
-            self.drafters.append(ShallowDraft(vllm_config, req_states, planner, policy))
+        def shallow(planner: Planner, policy: ExitPolicy | None, judges: bool) -> PagedDraft:
+            self.drafters.append(ShallowDraft(vllm_config, req_states, planner, policy, judges))
             return self.drafters[-1]
 
         # Placeholders of an asynchronous step are computed whatever they are: they must be tokens.
@@ -88,6 +89,7 @@ class TreeSpeculator(BaseSpeculator):
             device,
             on_new_request=self._add_request,
             reads_draws=self.proposer.reads_draws,
+            routes=cascade.routes(settings, req_states.max_num_reqs, device),
         )
         cast("Any", req_states).tree_state = self.state
         cast("Any", req_states).speculator = self
@@ -174,6 +176,7 @@ class TreeSpeculator(BaseSpeculator):
             hidden=None if ends is None else last_hidden_states[ends],
             likeliest=partial(self._likeliest, input_batch),
             budget=num_speculative_tokens,
+            deferring=None if self.state.routes is None else self._deferring(input_batch, self.state.routes),
         )
         others = self.state.searches.others(input_batch.idx_mapping_np)
         if others is None:
@@ -192,13 +195,16 @@ class TreeSpeculator(BaseSpeculator):
         """
         tokens = self.no_tree[: batch.num_reqs].clone()
         parents, gain = torch.zeros_like(tokens), torch.zeros(batch.num_reqs, device=tokens.device)
+        confidence = None if context.deferring is None else torch.zeros(tokens.shape, device=tokens.device)
         if len(others):
             index = torch.from_numpy(others).to(tokens.device, non_blocking=True)
             tree = self.proposer.propose(context.take(index))
             tokens[index], parents[index] = tree.tokens, tree.parents
+            if confidence is not None and tree.confidence is not None:
+                confidence[index] = tree.confidence
             gain[index] = (tree.num_nodes if tree.gain is None else tree.gain).to(gain.dtype)
         self.state.searches.store(tokens, batch.idx_mapping_np)
-        return TokenTree(tokens, parents, self.proposer.max_depth, gain)
+        return TokenTree(tokens, parents, self.proposer.max_depth, gain, confidence=confidence)
 
     def _take_counts(self) -> list[Tensor]:
         """Integers [n] on the device, in the order of `Method.counts`."""
@@ -224,6 +230,14 @@ class TreeSpeculator(BaseSpeculator):
         rows = batch.idx_mapping[request]
         position = self.req_states.total_len.gpu[rows].long() - 1 + place
         return self.state.likeliest(logits, rows, batch.idx_mapping_np, position, count)
+
+    def _deferring(self, batch: InputBatch, routes: Routes) -> Deferring:
+        """`StepContext.deferring`."""
+        rows, slots = batch.idx_mapping, batch.idx_mapping_np
+        return Deferring(
+            lambda logits, request: self.state.confidence_of(logits, rows[request], slots),
+            lambda confidence, request: routes.keeps(confidence, rows[request]),
+        )
 
     def _nothing_verified(self, slots: Tensor, last_sampled: Tensor) -> Verified:
         """A step without trees: each request drew one token, at its root."""

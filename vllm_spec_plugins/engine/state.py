@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vllm_spec_plugins.cascade.routes import Routes
 from vllm_spec_plugins.compiled import loops_for
 from vllm_spec_plugins.engine.contrastive import Searches
 from vllm_spec_plugins.tree.accept import Acceptance
@@ -60,7 +61,10 @@ class TreeState:
         trees: this step's trees; None when no request has drafts.
         likeliest: (logits [n, V], their requests' rows [n], those rows on the host, positions [n], K) -> [n, K] int64,
             the tokens that the sampler would prefer, and their scores; set when the sampler is made.
+        confidence_of: (logits [n, V], their requests' rows [n], those rows on the host) -> [n] float32, the largest probability
+            that the sampler would draw with; set with it.
         searches: the requests of contrastive search.
+        routes: the requests' routes through a cascade, and confidence [R, N] float32, of the trees; None without one.
         lossy: [1] int64, accepted tokens that the target had not drawn, since last taken; None under a lossless rule.
         verified: this step's outcome; None until the sampler has run, and when no request had drafts.
     """
@@ -73,13 +77,17 @@ class TreeState:
         device: torch.device,
         on_new_request: Callable[[int, int, int], None],
         reads_draws: bool,
+        routes: Routes | None = None,
     ) -> None:
         self.num_nodes, self.max_depth, self.reads_draws = num_nodes, max_depth, reads_draws
         self._on_new_request = on_new_request
         self.tokens = torch.full((max_requests, num_nodes), -1, dtype=torch.int64, device=device)
         self.parents = torch.zeros(max_requests, num_nodes, dtype=torch.int64, device=device)
         self.likeliest: Callable[[Tensor, Tensor, np.ndarray, Tensor, int], tuple[Tensor, Tensor]]
+        self.confidence_of: Callable[[Tensor, Tensor, np.ndarray], Tensor]
         self.searches = Searches()
+        self.routes = routes
+        self.confidence = None if routes is None else torch.zeros(max_requests, num_nodes, device=device)
         self.lossy: Tensor | None = None
         self.trees: StepTrees | None = None
         self.verified: Verified | None = None
@@ -108,7 +116,7 @@ class TreeState:
             return
         request = torch.from_numpy(np.repeat(np.arange(len(num_rows)), num_rows))
         scheduled = torch.from_numpy(num_rows - 1)
-        tree = TokenTree(self.tokens[slots], self.parents[slots], self.max_depth)
+        tree = TokenTree(self.tokens[slots], self.parents[slots], self.max_depth, confidence=self._confidence(slots))
         tree = tree.truncate(scheduled.to(slots.device, non_blocking=True))
         # Whether a tree branches would have to be asked of the device.
         self.trees = StepTrees(tree, num_rows, num_trees, request.to(slots.device, non_blocking=True), branched=True)
@@ -119,8 +127,13 @@ class TreeState:
         tokens, parents, branched, request = loops.scheduled(
             self.tokens.numpy(), self.parents.numpy(), slots.numpy(), counts
         )
-        tree = TokenTree(torch.from_numpy(tokens), torch.from_numpy(parents), self.max_depth)
+        tree = TokenTree(
+            torch.from_numpy(tokens), torch.from_numpy(parents), self.max_depth, confidence=self._confidence(slots)
+        )
         return tree, bool(branched), torch.from_numpy(request)
+
+    def _confidence(self, slots: Tensor) -> Tensor | None:
+        return None if self.confidence is None else self.confidence[slots]
 
     def end_step(self) -> None:
         """Forget the step: dummy runs and steps without drafts must not see an earlier step's trees."""
@@ -128,6 +141,9 @@ class TreeState:
 
     def store(self, slots: Tensor, tree: TokenTree) -> None:
         """Keep `tree` [B, N] as the next trees of `slots`."""
+        if self.confidence is not None:
+            assert tree.confidence is not None
+            self.confidence[slots] = tree.confidence
         if loops_for(self.tokens):
             rows = slots.numpy()
             self.tokens.numpy()[rows], self.parents.numpy()[rows] = tree.tokens.numpy(), tree.parents.numpy()

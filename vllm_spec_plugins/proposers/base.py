@@ -16,6 +16,28 @@ from vllm_spec_plugins.tree.tree import TokenTree
 Likeliest = Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
+@dataclass(frozen=True)
+class Deferring:
+    """What a cascade asks of its cheap stage (cascade/).
+
+    Attributes:
+        confidence: (guesses of the target's logits [M, V], their requests [M]) -> [M] float32, the largest probability
+            after temperature and filters. The guesses stay as they are.
+        keeps: (confidence [M], requests [M]) -> [M] bool: the first candidate there is expected to stand, so that nothing
+            stands beside it and what is below it is as likely.
+    """
+
+    confidence: Callable[[Tensor, Tensor], Tensor]
+    keeps: Callable[[Tensor, Tensor], Tensor]
+
+    def take(self, index: Tensor) -> Deferring:
+        """The same of requests `index` [n] int64 of the batch."""
+        return Deferring(
+            lambda logits, request: self.confidence(logits, index[request]),
+            lambda confidence, request: self.keeps(confidence, index[request]),
+        )
+
+
 @dataclass(eq=False)
 class StepContext:
     """What is known after a step: B requests in the batch, R request rows, N nodes per tree. All on the device.
@@ -36,6 +58,7 @@ class StepContext:
             is the row of the root, which draws the token behind it. Scores are logit + temperature * noise. The guesses may
             be overwritten.
         budget: at most this many nodes may be proposed; None = N.
+        deferring: trees must say how sure their draft was (`TokenTree.confidence`); None = nobody asks.
     """
 
     slots: Tensor
@@ -48,6 +71,7 @@ class StepContext:
     hidden: Tensor | None = None
     likeliest: Likeliest | None = None
     budget: int | None = None
+    deferring: Deferring | None = None
 
     def take(self, index: Tensor) -> StepContext:
         """What is known of requests `index` [n] int64 of the batch."""
@@ -61,6 +85,7 @@ class StepContext:
             tree=None if tree is None else TokenTree(tree.tokens[index], tree.parents[index], tree.max_depth),
             hidden=None if self.hidden is None else self.hidden[index],
             likeliest=likeliest and (lambda logits, request, *rest: likeliest(logits, index[request], *rest)),
+            deferring=self.deferring and self.deferring.take(index),
         )
 
 
@@ -71,10 +96,12 @@ class DraftModel(Protocol):
         cost: of a forward pass, in those of the target; 0.0 where it is small or not known.
         kept: [M] bool, of the rows of the last call: an exit policy finds the answer good, so that its children may be drafted.
             None: no policy is asked.
+        score: [M] float32, of the rows of the last call: an exit policy's, for a cascade. None: no policy is asked.
     """
 
     cost: float
     kept: Tensor | None
+    score: Tensor | None
 
     def begin(self, ctx: StepContext) -> Tensor:
         """Read what each request has got since the last call: [B, V] float32, the logits behind the roots.

@@ -128,10 +128,10 @@ def adopt(
 
 @compiled
 def likeliest_nodes(tokens: Any, links: Any, chances: Any, count: Any, nodes: int, limit: int, least: Any) -> Any:
-    """Tokens, parents and chances [B, nodes] of the best tree of at most `limit` candidates [B, C]."""
+    """Tokens, parents, chances and candidates' numbers [B, nodes] of the best tree of at most `limit` candidates [B, C]."""
     batch = len(count)
     out_tokens, out_parents = np.full((batch, nodes), -1, dtype=np.int64), np.zeros((batch, nodes), dtype=np.int64)
-    out_chance = np.zeros((batch, nodes), dtype=np.float32)
+    out_chance, chosen = np.zeros((batch, nodes), dtype=np.float32), np.zeros((batch, nodes), dtype=np.int64)
     place = np.zeros(tokens.shape[1] + 1, dtype=np.int64)
     for b in range(batch):
         order = np.argsort(-chances[b, : count[b]], kind="mergesort")
@@ -140,6 +140,6 @@ def likeliest_nodes(tokens: Any, links: Any, chances: Any, count: Any, nodes: in
             if not (chances[b, node] >= least and chances[b, node] > 0):
                 break
             out_tokens[b, row], out_parents[b, row] = tokens[b, node], place[links[b, node]]
-            out_chance[b, row] = chances[b, node]
+            out_chance[b, row], chosen[b, row] = chances[b, node], node
             place[node + 1] = row + 1
-    return out_tokens, out_parents, out_chance
+    return out_tokens, out_parents, out_chance, chosen

@@ -46,6 +46,7 @@ class SpecInferProposer:
 
     name = "specinfer"
     reads_draws = reads_hidden = remembers = False
+    tells_confidence = True  # where StepContext.deferring asks
 
     def __init__(
         self,
@@ -89,10 +90,11 @@ class SpecInferProposer:
         """In tensors, level by level; which rows there are to run is asked of the device."""
         batch, device = len(ctx.slots), ctx.slots.device
         every = torch.arange(batch, device=device)
-        found = _children(likeliest, draft, draft.begin(ctx), every, torch.zeros_like(every), self.children[0])
+        found = _children(ctx, likeliest, draft, draft.begin(ctx), every, torch.zeros_like(every), self.children[0])
 
         # Candidates, all levels: [B, C]. Their parents are candidates (1-based; 0 = root).
-        tokens, chances = found
+        tokens, chances, sure = found
+        sure = sure.unsqueeze(1).expand(tokens.shape)
         parents = torch.zeros_like(tokens)
         # Those of the last level: the first one's number, and their parents' rows in the draft's tree.
         start, owner = 0, parents
@@ -110,8 +112,8 @@ class SpecInferProposer:
             )
             request, column = wanted.nonzero(as_tuple=True)
             logits = draft.extend(drafted, request, row[column])
-            found = _children(likeliest, draft, logits, request, torch.full_like(request, level), self.children[level])
-            count = self.children[level]
+            place, count = torch.full_like(request, level), self.children[level]
+            found = _children(ctx, likeliest, draft, logits, request, place, count)
             more = tokens.new_full((batch, best.shape[1], count), -1)
             more[request, column] = found[0]
             path = chances.new_zeros(batch, best.shape[1], count)
@@ -120,7 +122,11 @@ class SpecInferProposer:
             start, owner = tokens.shape[1], row.expand(batch, -1).repeat_interleave(count, 1)
             tokens, parents = torch.cat((tokens, more.flatten(1)), 1), torch.cat((parents, parent), 1)
             chances = torch.cat((chances, path.flatten(1)), 1)
-        return _best(tokens, parents, chances, self.num_nodes, budget, least, self.max_depth)
+            behind = chances.new_zeros(batch, best.shape[1])
+            behind[request, column] = found[2]
+            sure = torch.cat((sure, behind.repeat_interleave(count, 1)), 1)
+        asked = None if ctx.deferring is None else sure
+        return _best(tokens, parents, chances, asked, self.num_nodes, budget, least, self.max_depth)
 
     def _grow_looped(
         self, ctx: StepContext, draft: DraftModel, likeliest: Likeliest, budget: int, least: float
@@ -135,6 +141,7 @@ class SpecInferProposer:
         drafted = np.full((batch, max(self.num_nodes - 1, 1)), -1, dtype=np.int64)
         parents, candidate = np.zeros_like(drafted), np.empty_like(drafted)
         rows, start, worth = np.zeros(batch, dtype=np.int64), np.zeros(batch, dtype=np.int64), np.float32(least)
+        sure = np.zeros((batch, drafted.shape[1] + 1), dtype=np.float32)  # behind the rows of the draft's trees
 
         logits = draft.begin(ctx)
         request, row = np.arange(batch), np.zeros(batch, dtype=np.int64)
@@ -166,26 +173,67 @@ class SpecInferProposer:
                 request, row, logits = request[keep], row[keep], logits[draft.kept]
             considered = min(max(children, CONSIDERED), logits.shape[1])
             place = torch.full((len(request),), level, dtype=torch.int64)
-            found, scores = likeliest(logits, torch.from_numpy(request), place, considered)
+            index = torch.from_numpy(request)
+            confidence = _confidence(ctx, draft, logits, index)
+            found, scores = likeliest(logits, index, place, considered)
+            if ctx.deferring is not None and confidence is not None:
+                sure[request, row] = confidence.numpy()
+                _alone(scores, ctx.deferring.keeps(confidence, index))
             loops.adopt(
                 request, row, found.numpy(), scores.numpy(), children, candidate, chances, owners, tokens, links, count
             )
         best = loops.likeliest_nodes(tokens, links, chances, count, self.num_nodes, budget, worth)
-        token, parent, chance = map(torch.from_numpy, best)
-        return TokenTree(token, parent, min(self.max_depth, self.num_nodes), chance=chance)
+        token, parent, chance, chosen = map(torch.from_numpy, best)
+        behind = None
+        if ctx.deferring is not None:
+            above = np.take_along_axis(owners, chosen.numpy(), 1)
+            behind = torch.from_numpy(np.take_along_axis(sure, above, 1))
+        return TokenTree(token, parent, min(self.max_depth, self.num_nodes), chance=chance, confidence=behind)
+
+
+def _confidence(ctx: StepContext, draft: DraftModel, logits: Tensor, request: Tensor) -> Tensor | None:
+    """[M] float32: how sure the draft is behind each row, if that is asked; a policy knows better than the logits."""
+    if ctx.deferring is None:
+        return None
+    return ctx.deferring.confidence(logits, request) if draft.score is None else draft.score
+
+
+def _alone(scores: Tensor, keeps: Tensor) -> None:
+    """Where the first candidate `keeps` [M] its place, leave the others [M, K] no chance."""
+    scores[:, 1:].masked_fill_(keeps.unsqueeze(1), -torch.inf)
 
 
 def _children(
-    likeliest: Likeliest, draft: DraftModel, logits: Tensor, request: Tensor, place: Tensor, count: int
-) -> tuple[Tensor, Tensor]:
-    """Tokens [M, K] int64 and their chances [M, K] float32, best first; no chance where the draft's answer is not good."""
+    ctx: StepContext,
+    likeliest: Likeliest,
+    draft: DraftModel,
+    logits: Tensor,
+    request: Tensor,
+    place: Tensor,
+    count: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens [M, K] int64 and their chances [M, K] float32, best first; no chance where the draft's answer is not good.
+    And how sure the draft was, [M] float32; 0 where nobody asks.
+    """
+    confidence = _confidence(ctx, draft, logits, request)
     tokens, scores = likeliest(logits, request, place, min(max(count, CONSIDERED), logits.shape[1]))
+    if ctx.deferring is not None and confidence is not None:
+        _alone(scores, ctx.deferring.keeps(confidence, request))
     chances = scores.softmax(1)[:, :count]
-    return tokens[:, :count], chances if draft.kept is None else chances * draft.kept.unsqueeze(1)
+    if draft.kept is not None:
+        chances = chances * draft.kept.unsqueeze(1)
+    return tokens[:, :count], chances, chances.new_zeros(len(tokens)) if confidence is None else confidence
 
 
 def _best(
-    tokens: Tensor, parents: Tensor, chances: Tensor, nodes: int, limit: int, least: float, max_depth: int
+    tokens: Tensor,
+    parents: Tensor,
+    chances: Tensor,
+    sure: Tensor | None,
+    nodes: int,
+    limit: int,
+    least: float,
+    max_depth: int,
 ) -> TokenTree:
     """The `limit` candidates with the largest chances, none below `least`, as a tree; [B, C] each, parents 1-based.
 
@@ -204,5 +252,9 @@ def _best(
     parent = row.gather(1, parents.gather(1, order)).masked_fill(~kept, 0)
     rest = (0, nodes - taken)
     return TokenTree(
-        pad(token, rest, value=-1), pad(parent, rest), min(max_depth, nodes), chance=pad(chance * kept, rest)
+        pad(token, rest, value=-1),
+        pad(parent, rest),
+        min(max_depth, nodes),
+        chance=pad(chance * kept, rest),
+        confidence=None if sure is None else pad(sure.gather(1, order), rest),
     )

@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
 def parser(prog: str) -> argparse.ArgumentParser:
     """The command's arguments."""
     found = argparse.ArgumentParser(prog=prog, description=(__doc__ or "").splitlines()[0])
-    found.add_argument("method", choices=["self-draft"])
+    found.add_argument("method", choices=["self-draft", "cascade"], help="see also tune cascade --help")
     found.add_argument("--model", required=True, help="folder or hub id of the target")
     data = found.add_mutually_exclusive_group(required=True)
     data.add_argument("--data", type=Path, help='JSON lines with a "prompt" each')
@@ -103,7 +103,12 @@ def parser(prog: str) -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m vllm_spec_plugins.tools.tune") -> int:
-    arguments = parser(prog).parse_args(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given[:1] == ["cascade"]:  # with arguments of its own
+        from vllm_spec_plugins.tools import cascade
+
+        return cascade.main(given, prog)
+    arguments = parser(prog).parse_args(given)
     if arguments.output.suffix != ".json":
         Console().print(f"error: --output {arguments.output} does not end in .json", markup=False, soft_wrap=True)
         return 2

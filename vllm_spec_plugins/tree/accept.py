@@ -40,12 +40,14 @@ class TargetRows:
         index: [B, N + 1] int64, the line of each tree row; -1 = row not present.
         greedy: [B] bool, requests at temperature 0, which their logits do not show; None = no request is.
         hidden: [M, H] last hidden states, or None.
+        threshold: [B] float32, of a rule whose strength is each request's own; None = the rule's.
     """
 
     logits: Tensor
     index: Tensor
     greedy: Tensor | None = None
     hidden: Tensor | None = None
+    threshold: Tensor | None = None
 
 
 class AcceptRule(Protocol):
@@ -55,11 +57,15 @@ class AcceptRule(Protocol):
         name: as written in settings and metrics.
         lossless: the output is plain decoding's, token for token.
         needs_target: `target` must be given (costs keeping the processed logits of every row).
+        coupled: drafts are to be ranked with the noise that the target draws with.
+        caveat: what a lossy rule changes, in a clause; empty if lossless.
     """
 
     name: str
     lossless: bool
     needs_target: bool
+    coupled: bool
+    caveat: str
 
     def __call__(self, tree: TokenTree, drawn: Tensor, target: TargetRows | None = None) -> Acceptance:
         """`drawn` [B, N + 1] int64: the target's draw at every row, -1 where the row was not present."""
@@ -106,6 +112,8 @@ class Walk:
     name = "walk"
     lossless = True
     needs_target = False
+    coupled = True
+    caveat = ""
 
     def __call__(self, tree: TokenTree, drawn: Tensor, target: TargetRows | None = None) -> Acceptance:
         if loops_for(drawn):
@@ -132,6 +140,8 @@ class Typical:
     name = "typical"
     lossless = False
     needs_target = True
+    coupled = False
+    caveat = "accept=typical is lossy: sampled text is not plain decoding's (greedy text is)"
 
     def __init__(self, eps: float = 0.09, delta: float = 0.3) -> None:
         self.eps, self.delta = eps, delta

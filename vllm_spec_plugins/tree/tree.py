@@ -36,6 +36,7 @@ class TokenTree:
         gain: [B] float, how many nodes the proposer expects to be accepted; None = the sum of `chance`, or it cannot say.
         chance: [B, N] float, the chance of each node to be accepted, never above its parent's; 0 for absent nodes; None =
             the proposer cannot say.
+        confidence: [B, N] float, how sure the proposer was behind the row above each node; for rules that read it.
     """
 
     tokens: Tensor
@@ -43,6 +44,7 @@ class TokenTree:
     max_depth: int = -1
     gain: Tensor | None = None
     chance: Tensor | None = None
+    confidence: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.max_depth < 0:
@@ -137,7 +139,7 @@ class TokenTree:
         if gain is not None and chance is not None:
             gain, chance = gain - (chance * cut).sum(1), chance.masked_fill(cut, 0.0)
         tokens, parents = self.tokens.masked_fill(cut, -1), self.parents.masked_fill(cut, 0)
-        return TokenTree(tokens, parents, self.max_depth, gain, chance)
+        return TokenTree(tokens, parents, self.max_depth, gain, chance, self.confidence)
 
     def validate(self) -> None:
         """Raise ValueError unless this is a packed, ancestors-first tree. Synchronises: for tests and debugging."""

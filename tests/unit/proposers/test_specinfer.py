@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trees grown from a draft model: their shape, their order, and what the draft is asked."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from vllm_spec_plugins.config import SettingError
-from vllm_spec_plugins.proposers.base import StepContext
+from vllm_spec_plugins.proposers.base import Deferring, StepContext
 from vllm_spec_plugins.proposers.specinfer import CONSIDERED, SpecInferProposer
 from vllm_spec_plugins.settings import SpecInferSettings
 
@@ -17,7 +19,7 @@ class PathModel:
 
     def __init__(self, seed, sharpness=2.0, cost=0.0):
         self.seed, self.sharpness, self.cost = seed, sharpness, cost
-        self.asked, self.kept, self.keeps = [], None, None
+        self.asked, self.kept, self.keeps, self.score = [], None, None, None
 
     def logits(self, request, path):
         generator = torch.Generator().manual_seed(hash((self.seed, request, *path)) % (1 << 60))
@@ -181,3 +183,46 @@ def test_nothing_is_drafted_below_an_answer_that_an_exit_policy_finds_not_good(s
         assert all(draft.keeps(b, path[:depth]) for path in paths for depth in range(len(path)))
         assert len(paths) == 0 if b == 1 else len(paths) > 4
     assert any(not draft.keeps(b, path) for b, _, path in draft.asked if b != 1)
+
+
+def confidence(logits, request):
+    return logits.softmax(1).amax(1)
+
+
+def deferring(keeps):
+    return Deferring(confidence, lambda sure, request: keeps(sure, request))
+
+
+@pytest.mark.parametrize("kept", [None, lambda b, path: len(path) < 2])
+def test_a_cascades_tree_says_how_sure_the_draft_was_above_each_node(kept, seed):
+    model = PathModel(seed)
+    model.keeps = kept
+    ctx = replace(context(3), deferring=deferring(lambda sure, request: torch.zeros_like(request, dtype=torch.bool)))
+    tree = SpecInferProposer(model, nodes=10, depth=4, ranks=3, min_chance=0.0).propose(ctx)
+    plain = SpecInferProposer(model, nodes=10, depth=4, ranks=3, min_chance=0.0).propose(context(3))
+    assert torch.equal(tree.tokens, plain.tokens) and plain.confidence is None
+    for b in range(3):
+        for node, path in enumerate(nodes_of(tree, b)):
+            sure = model.logits(b, path[:-1]).softmax(0).max()
+            assert float(tree.confidence[b, node]) == pytest.approx(float(sure), rel=1e-5)
+
+
+def test_a_policys_score_stands_in_the_place_of_the_drafts_probability(seed):
+    model = PathModel(seed)
+    model.score = torch.full((1,), 0.25)
+    ctx = replace(context(1), deferring=deferring(lambda sure, request: sure > 1))
+    tree = SpecInferProposer(model, nodes=3, depth=1, ranks=3, min_chance=0.0).propose(ctx)
+    assert tree.confidence.tolist() == [[0.25, 0.25, 0.25]]
+
+
+def test_where_the_draft_will_stand_its_stretch_is_a_chain_to_the_end(seed):
+    """Of two requests one keeps all that the draft says; least chances cut the other's tree only."""
+    model = PathModel(seed, sharpness=0.5)
+    ctx = replace(context(2), deferring=deferring(lambda sure, request: request == 0))
+    tree = SpecInferProposer(model, nodes=12, depth=5, ranks=3, min_chance=0.3).propose(ctx)
+    path = ()
+    for _ in range(5):
+        path = (*path, chances(model, 0, path)[0][0])
+    assert nodes_of(tree, 0) == [path[:depth] for depth in range(1, 6)]
+    assert tree.chance[0].tolist() == [1.0] * 5 + [0.0] * 7
+    assert int(tree.num_nodes[1]) == 0

@@ -87,7 +87,7 @@ def test_the_path_is_as_wide_as_the_depth_bound(rng):
 class LikelyEnough:
     """A lossy rule as a later method may bring it: a node is kept when the target gives it at least this probability."""
 
-    name, lossless, needs_target = "likely enough", False, True
+    name, lossless, needs_target, coupled, caveat = "likely enough", False, True, False, "is lossy"
 
     def __init__(self, least: float) -> None:
         self.least = least
