@@ -247,9 +247,9 @@ class SelfDraftSettings(SpeculationSettings):
     name: ClassVar[str] = "self-draft"
 
     exit_layer: int | None = setting(None, "draft with this many of the first layers", least=1, most=1024)
-    skip: str = setting(
-        "", "draft without these blocks, as 3-4a-5m: all of layer 3, attention of 4, MLP of 5; auto: found while serving; or a "
-        "file that vllm-spec tune wrote"
+    skip: str | None = setting(
+        None, "draft without these blocks, as 3-4a-5m: all of layer 3, attention of 4, MLP of 5; or a file that vllm-spec tune "
+        "wrote; or auto: found while serving, the default where exit_layer and speedup are not given"
     )  # fmt: skip
     skip_share: float | None = setting(None, "skip=auto: blocks that are skipped (0.45)", least=0.05, most=0.9)
     search_every: int | None = setting(None, "skip=auto: steps between two scores (16)", least=1, most=1 << 16)
@@ -266,17 +266,22 @@ class SelfDraftSettings(SpeculationSettings):
 
     def check(self) -> None:
         super().check()
-        given = [key for key in ("exit_layer", "skip", "speedup") if getattr(self, key)]
-        if len(given) != 1:
-            raise SettingError(
-                f"{FLAG} {self.name}: {' and '.join(given) or 'none'} of exit_layer, skip and speedup given; give one of them"
-            )
+        given = [key for key in ("exit_layer", "skip", "speedup") if getattr(self, key) is not None]
+        if len(given) > 1:
+            raise SettingError(f"{FLAG} {self.name}: {' and '.join(given)} both say what drafts; give one of them")
         if self.max_tokens is not None and self.speedup is None:
             raise SettingError(f"{FLAG} {self.name}: max_tokens={self.max_tokens} belongs to speedup; give both")
         for key in ("skip_share", "search_every", "search_budget"):
-            if getattr(self, key) is not None and self.skip != "auto":
-                raise SettingError(f"{FLAG} {self.name}: {key}={getattr(self, key)} belongs to skip=auto; give both")
+            if getattr(self, key) is not None and not self.searches:
+                raise SettingError(
+                    f"{FLAG} {self.name}: {key}={getattr(self, key)} belongs to skip=auto; leave {key} or the other part out"
+                )
         self.policy()
+
+    @property
+    def searches(self) -> bool:
+        """The skip set is found while serving."""
+        return self.skip == "auto" or (self.skip is None and self.exit_layer is None and self.speedup is None)
 
     def policy(self, device: torch.device | str = "cpu") -> ExitPolicy | None:
         """What stops a draft early, if anything. Raises SettingError."""
@@ -289,9 +294,9 @@ class SelfDraftSettings(SpeculationSettings):
         """What drafts in a model of `num_layers`. Raises SettingError when it has not that many."""
         if self.speedup is not None:
             return ScheduledPlan(Schedule.for_speedup(num_layers, self.speedup, max_tokens=self.max_tokens or 256))
-        if self.skip == "auto":
+        if self.searches:
             return self._searched(num_layers)
-        if self.exit_layer is None:
+        if self.skip is not None:
             try:
                 if self.skip.endswith(".json"):
                     plan = plan_file.read(Path(self.skip), num_layers).plan
@@ -300,6 +305,7 @@ class SelfDraftSettings(SpeculationSettings):
             except ValueError as error:
                 raise SettingError(f"{FLAG} {self.name}: skip={self.skip} {error}") from error
             return FixedPlan(plan)
+        assert self.exit_layer is not None
         if self.exit_layer >= num_layers:
             raise SettingError(
                 f"{FLAG} {self.name}: exit_layer={self.exit_layer} leaves nothing out of a model of {num_layers} layers; "

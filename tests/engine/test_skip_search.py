@@ -71,7 +71,7 @@ def test_tight_memory_chunked_prompts_and_the_prefix_cache_give_plain_decodings_
     engine: Callable[..., Any], plain: Any, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also when the text under score is preempted, and with a window wider than a step."""
-    small = {"max_num_batched_tokens": 48, "max_num_seqs": 4, "num_gpu_blocks_override": 9, "max_model_len": 160}
+    small = {"max_num_batched_tokens": 48, "max_num_seqs": 4, "num_gpu_blocks_override": 9, "max_model_len": 192}
     llm = engine(vllm_spec_plugins.engine_args("self-draft", **EAGER, nodes=12), block_size=32, **small)
     one, texts, moved = scorer(llm), set(), []
     assert one.window == 48

@@ -145,5 +145,5 @@ def test_every_test_lies_in_a_suite_that_make_test_runs() -> None:
     assert tests
     assert [path for path in tests if not path.startswith(suites)] == []
     makefile = (ROOT / "Makefile").read_text()
-    assert "\nunit engine serve: setup\n" in makefile
+    assert "\nunit engine: setup\n" in makefile and "\nserve: setup\n" in makefile
     assert all(f"$(MAKE) --no-print-directory {Path(suite).name}\n" in makefile for suite in suites)

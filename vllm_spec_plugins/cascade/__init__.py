@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cascades of a cheap stage and the full model: deferral rules, routes, calibration. Pure torch: no vLLM in here."""
+"""Which stage answers, token by token or request by request, and which answers are kept. Pure: knows neither vLLM nor models."""

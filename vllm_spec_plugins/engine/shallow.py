@@ -50,9 +50,9 @@ class ShallowDraft(PagedDraft):
     def load(self, target: nn.Module) -> None:
         """Raises UnsupportedModel when the target cannot be run in part."""
         self.model, self.parts = target, Layers(target, self.target_config)
-        self.layers = self.parts.names
+        self.layers, self.costs = self.parts.names, costs(self.parts)
         if self.scorer is not None:
-            self.scorer.planner.measured(costs(self.parts))
+            self.scorer.planner.measured(self.costs)
 
     def warm(self, count: int) -> None:
         """Nothing of a part is compiled."""
@@ -65,7 +65,7 @@ class ShallowDraft(PagedDraft):
             self.scorer.maybe_score(slots, roots)
             self.scorer.planner.stepped(len(slots))
         self.plan = self.planner.plan(roots - self.req_states.prompt_len.np[slots])
-        self.cost = self.plan.share
+        self.cost = self.costs.of(self.plan)
         self.step = Step(slots, roots, self.table[ctx.slots])
         token = torch.from_numpy(self.req_states.all_token_ids.gpu.numpy()[slots, roots])
         request = torch.arange(len(slots))

@@ -23,8 +23,8 @@ class Deferring:
     Attributes:
         confidence: (guesses of the target's logits [M, V], their requests [M]) -> [M] float32, the largest probability
             after temperature and filters. The guesses stay as they are.
-        stands: (confidence [M], requests [M]) -> [M] float32: the chance that a rule keeps the first candidate there, known
-            or measured; 0 where it keeps nothing.
+        stands: (confidence [M], requests [M]) -> [M] float32: the chance, known or measured, that a rule keeps the first
+            candidate there though the target does not draw it.
     """
 
     confidence: Callable[[Tensor, Tensor], Tensor]

@@ -199,10 +199,10 @@ def _confidence(ctx: StepContext, draft: DraftModel, logits: Tensor, request: Te
 
 
 def _trusted(scores: Tensor, stands: Tensor) -> Tensor:
-    """Scores [M, K] whose softmax gives the first candidate at least the chance `stands` [M], and the others what it leaves."""
+    """Scores [M, K] whose softmax adds to the first candidate's chance that it `stands` [M] where it is not drawn."""
     first, others = scores.softmax(1).split((1, scores.shape[1] - 1), 1)
-    trusted = torch.maximum(first, stands.unsqueeze(1))
-    return torch.cat((trusted, others * ((1.0 - trusted) / (1.0 - first).clamp(min=1e-9))), 1).log()
+    left = 1.0 - stands.unsqueeze(1)
+    return torch.cat((1.0 - (1.0 - first) * left, others * left), 1).log()
 
 
 def _children(

@@ -3,12 +3,16 @@
 
 import math
 
+import pytest
 import torch
 
 from tests.unit.tree.naive import random_tree
 from vllm_spec_plugins.cascade.routes import Routes, compare
-from vllm_spec_plugins.cascade.rules import deferral_rule
-from vllm_spec_plugins.tree import TokenTree, Walk
+from vllm_spec_plugins.cascade.rules import Deferral, deferral_rule
+from vllm_spec_plugins.tree import TargetRows, TokenTree, Walk
+
+# Whatever is shown here is shown of the loops and of the tensor code.
+pytestmark = pytest.mark.usefixtures("on_both_paths")
 
 
 def routes(text="confidence:0.6", route="auto"):
@@ -41,7 +45,7 @@ def test_a_rule_that_needs_the_full_model_is_expected_to_keep_as_often_as_it_has
     found = routes("difference:0.1")
     found.add(0, "cheap")
     found.add(1, "full")
-    assert found.stands(torch.zeros(2), torch.arange(2)).tolist() == [1.0, 0.0]
+    assert found.stands(torch.zeros(2), torch.arange(2)).tolist() == [0.5, 0.0]
     for _ in range(40):
         judge(found, [0, 1], torch.tensor([False, True]))
     cheap, full = found.stands(torch.zeros(2), torch.arange(2)).tolist()
@@ -68,8 +72,10 @@ def test_an_auto_request_is_escalated_when_the_draft_disagrees_and_comes_back_wh
 def test_choices_are_compared_along_the_accepted_path(rng):
     tree = random_tree(rng, batch=60, nodes=12, vocab=3)
     drawn = torch.randint(0, 3, (60, 13), generator=rng)
-    acceptance = Walk()(tree, drawn)
-    judged, agreed, stood = compare(tree, drawn, acceptance)
+    confident = TokenTree(tree.tokens, tree.parents, tree.max_depth, confidence=torch.rand(60, 12, generator=rng))
+    target = TargetRows(torch.zeros(13 * 60, 3), torch.arange(13 * 60).view(60, 13))
+    acceptance = Deferral(deferral_rule("confidence:0.5"))(confident, drawn, target)
+    judged, agreed, kept = compare(tree, drawn, acceptance)
     for b in range(60):
         rows = [0, *acceptance.path[b, : int(acceptance.num_accepted[b])].tolist()]
         firsts = []
@@ -78,5 +84,5 @@ def test_choices_are_compared_along_the_accepted_path(rng):
             firsts += [(int(tree.tokens[b, children[0]]), int(drawn[b, row]), children[0] + 1)] if children else []
         assert int(judged[b]) == len(firsts)
         assert int(agreed[b]) == sum(cheap == full for cheap, full, _ in firsts)
-        assert int(stood[b]) == sum(child in rows for _, _, child in firsts)
-    assert 0 < int(agreed.sum()) < int(judged.sum())
+        assert int(kept[b]) == sum(child in rows and cheap != full for cheap, full, child in firsts)
+    assert 0 < int(agreed.sum()) < int(judged.sum()) and int(kept.sum()) > 0

@@ -85,8 +85,8 @@ def test_skip_names_blocks_a_file_or_a_search(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
-        ({"skip": "3", "search_every": 4}, "search_every=4 belongs to skip=auto; give both"),
-        ({"exit_layer": 3, "skip_share": 0.4}, "skip_share=0.4 belongs to skip=auto; give both"),
+        ({"skip": "3", "search_every": 4}, "search_every=4 belongs to skip=auto; leave"),
+        ({"exit_layer": 3, "skip_share": 0.4}, "skip_share=0.4 belongs to skip=auto; leave"),
         ({"skip": "auto", "skip_share": 0.99}, "skip_share=0.99 is out of range; valid are 0.05 to 0.9"),
         ({"skip": "auto", "exit_layer": 3}, "give one of them"),
     ],

@@ -228,11 +228,10 @@ def test_where_the_draft_will_stand_its_stretch_is_a_chain_to_the_end(seed):
     assert int(tree.num_nodes[1]) == 0
 
 
-def test_a_measured_chance_to_stand_is_the_first_candidates_if_it_is_larger_than_its_own(seed):
+def test_the_first_candidates_chance_is_to_be_drawn_or_to_stand_all_the_same(seed):
     model = PathModel(seed)
     ctx = replace(context(1), deferring=deferring(lambda sure, request: torch.full((len(request),), 0.9)))
     tree = SpecInferProposer(model, nodes=8, depth=1, ranks=8, min_chance=0.0).propose(ctx)
     (_, first), *others = chances(model, 0, ())
-    trusted = max(first, 0.9)
-    expected = [trusted, *(chance * (1 - trusted) / (1 - first) for _, chance in others)]
+    expected = [first + (1 - first) * 0.9, *(chance * 0.1 for _, chance in others)]
     assert tree.chance[0].tolist() == pytest.approx(expected, rel=1e-4)
