@@ -281,9 +281,10 @@ def _check_self_draft(settings: SelfDraftSettings, target: Target) -> None:
         )
     planner, policy = settings.planner(target.num_layers), settings.policy()
     if policy is not None:
-        exits = exits_of(planner.plan(np.zeros(1, dtype=np.int64)), max(2, policy.exits_needed))
+        # Asked behind the last of a part's layers; the exits before are only looked at where it compares.
+        exits = exits_of(planner.plan(np.zeros(1, dtype=np.int64)), max(1, policy.exits_needed))
         try:
-            policy.check(exits, target.vocab_size, target.hidden_size)
+            policy.check([layer + 1 for layer in exits], target.vocab_size, target.hidden_size)
         except ValueError as error:
             raise SettingError(f"{FLAG} {settings.name}: exit={settings.exit} cannot be used: {error}") from error
 
