@@ -289,14 +289,16 @@ def _check_self_draft(settings: SelfDraftSettings, target: Target) -> None:
         raise SettingError(
             f"{FLAG} {settings.name}: --enable-lora is not supported: a draft's rows have no adapters; start without it"
         )
+    settings.planner(target.num_layers)
     policy = settings.policy()
     if policy is not None:
         _check_policy(policy, f"{settings.name}: exit={settings.exit}", settings, target)
 
 
 def _check_policy(policy: ExitPolicy, what: str, settings: SelfDraftSettings, target: Target) -> None:
-    planner = settings.planner(target.num_layers)
-    exits = exits_of(planner.plan(np.zeros(1, dtype=np.int64)), max(2, policy.exits_needed))
+    # Asked behind the last of a part's layers; the exits before are only looked at where it compares.
+    plan = settings.planner(target.num_layers).plan(np.zeros(1, dtype=np.int64))
+    exits = [layer + 1 for layer in exits_of(plan, max(1, policy.exits_needed))]
     try:
         policy.check(exits, target.vocab_size, target.hidden_size)
     except ValueError as error:

@@ -23,6 +23,7 @@ from vllm_spec_plugins.layers.exits import ExitPolicy
 from vllm_spec_plugins.layers.exits import policy as exit_policy
 from vllm_spec_plugins.layers.plan import LayerPlan
 from vllm_spec_plugins.layers.planner import FixedPlan, Planner, ScheduledPlan
+from vllm_spec_plugins.layers.recorded_exits import Gate
 from vllm_spec_plugins.layers.schedule import Schedule
 from vllm_spec_plugins.layers.search import SkipSearch
 from vllm_spec_plugins.layers.searched import SearchedPlan
@@ -276,7 +277,12 @@ class SelfDraftSettings(SpeculationSettings):
                 raise SettingError(
                     f"{FLAG} {self.name}: {key}={getattr(self, key)} belongs to skip=auto; leave {key} or the other part out"
                 )
-        self.policy()
+        policy = self.policy()
+        if self.searches and isinstance(policy, Gate):
+            raise SettingError(
+                f"{FLAG} {self.name}: exit={self.exit} has gates after layers {', '.join(map(str, policy.exits))} alone, and a "
+                f"part that is found while serving ends anywhere; give exit_layer={policy.exits[-1]}"
+            )
 
     @property
     def searches(self) -> bool:

@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="measure speed, identity, JSON answers, distribution, acceptance, arrivals; simulate cohorts",
         add_help=False,
     )
-    commands.add_parser("train", help="train Medusa heads, or a model for SkipDecode", add_help=False)
+    commands.add_parser("train", help="train Medusa heads, a model for SkipDecode, or gates for early exits", add_help=False)
     commands.add_parser("tune", help="find the blocks that a self-draft may skip, or a cascade's rule", add_help=False)
     # The subcommands read what follows their name themselves, as `python -m` on their modules does.
     arguments = parser.parse_args(given[:1])
