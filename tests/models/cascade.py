@@ -138,6 +138,10 @@ class Text:
         return (chosen == self.following).float().mean().item()
 
 
+# Engines live as long as the process: shutting one down tears down what all of them share.
+ENGINES: list[Any] = []
+
+
 def cascades(name: str, cheap: Cheap, target: Llama, ids: Tensor, text: Text, timed: bool) -> list[Point]:
     """Every rule under every bound, from one engine per rule."""
     from vllm import LLM, SamplingParams
@@ -152,6 +156,7 @@ def cascades(name: str, cheap: Cheap, target: Llama, ids: Tensor, text: Text, ti
             str(HERE / "target"), dtype="float32", enforce_eager=True, max_model_len=384, max_num_seqs=4,
             kv_cache_memory_bytes=1 << 27, **plugin,
         )  # fmt: skip
+        ENGINES.append(llm)
         scheduler = llm.llm_engine.engine_core.engine_core.scheduler
         drafts = _count_passes(llm)
         for bound in bounds:

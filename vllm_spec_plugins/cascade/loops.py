@@ -48,16 +48,21 @@ def refused(tokens: Any, parents: Any, good: Any, drawn: Any) -> Any:
 
 
 @compiled
-def agreement(tokens: Any, parents: Any, drawn: Any, path: Any, accepted: Any) -> tuple[Any, Any]:
-    """[B] and [B]: rows from the root down the accepted path with a child, and those whose first child was drawn."""
+def compare(tokens: Any, parents: Any, drawn: Any, path: Any, accepted: Any) -> tuple[Any, Any, Any]:
+    """[B] each: rows from the root down the accepted path with a child, those whose first child was drawn, and those whose first
+    child was accepted though it was not.
+    """
     batch, nodes = tokens.shape
     judged, agreed = np.zeros(batch, dtype=np.int64), np.zeros(batch, dtype=np.int64)
+    kept = np.zeros(batch, dtype=np.int64)
     for b in range(batch):
         for step in range(accepted[b] + 1):
             row = path[b, step - 1] if step else 0
             for node in range(nodes):
                 if tokens[b, node] >= 0 and parents[b, node] == row:
                     judged[b] += 1
-                    agreed[b] += tokens[b, node] == drawn[b, row]
+                    same = tokens[b, node] == drawn[b, row]
+                    agreed[b] += same
+                    kept[b] += not same and step < accepted[b] and path[b, step] == node + 1
                     break
-    return judged, agreed
+    return judged, agreed, kept

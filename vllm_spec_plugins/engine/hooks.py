@@ -419,7 +419,8 @@ ENGINE_HOOKS: tuple[Hook, ...] = (
     ),
     Hook(
         target="vllm.v1.engine.input_processor:InputProcessor.process_inputs",
-        why="a request of contrastive search is checked where a refusal is an answer, with prompt and final parameters known",
+        why="requests of contrastive search and of a cascade are checked where a refusal is an answer, with prompt and final "
+        "parameters known",
         signature="(self, request_id, prompt, params, supported_tasks, arrival_time=None, lora_request=None, "
         "tokenization_kwargs=None, trace_headers=None, priority=0, data_parallel_rank=None, resumable=False, "
         "session_id=None, kv_hints=None)",
@@ -463,7 +464,8 @@ ENGINE_HOOKS: tuple[Hook, ...] = (
     ),
     Hook(
         target="vllm.v1.core.sched.scheduler:Scheduler.update_draft_token_ids",
-        why="drafts that cost more time than they save are declined before they are scheduled",
+        why="drafts that cost more time than they save, or beside a cascade's full requests too much room, are declined or cut "
+        "before they are scheduled",
         signature="(self, draft_token_ids)",
         upstream="goes with Scheduler.schedule",
         replacement=_update_draft_token_ids,

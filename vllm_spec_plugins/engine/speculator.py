@@ -236,7 +236,7 @@ class TreeSpeculator(BaseSpeculator):
         rows, slots = batch.idx_mapping, batch.idx_mapping_np
         return Deferring(
             lambda logits, request: self.state.confidence_of(logits, rows[request], slots),
-            lambda confidence, request: routes.keeps(confidence, rows[request]),
+            lambda confidence, request: routes.stands(confidence, rows[request]),
         )
 
     def _nothing_verified(self, slots: Tensor, last_sampled: Tensor) -> Verified:

@@ -23,18 +23,18 @@ class Deferring:
     Attributes:
         confidence: (guesses of the target's logits [M, V], their requests [M]) -> [M] float32, the largest probability
             after temperature and filters. The guesses stay as they are.
-        keeps: (confidence [M], requests [M]) -> [M] bool: the first candidate there is expected to stand, so that nothing
-            stands beside it and what is below it is as likely.
+        stands: (confidence [M], requests [M]) -> [M] float32: the chance, known or measured, that a rule keeps the first
+            candidate there though the target does not draw it.
     """
 
     confidence: Callable[[Tensor, Tensor], Tensor]
-    keeps: Callable[[Tensor, Tensor], Tensor]
+    stands: Callable[[Tensor, Tensor], Tensor]
 
     def take(self, index: Tensor) -> Deferring:
         """The same of requests `index` [n] int64 of the batch."""
         return Deferring(
             lambda logits, request: self.confidence(logits, index[request]),
-            lambda confidence, request: self.keeps(confidence, index[request]),
+            lambda confidence, request: self.stands(confidence, index[request]),
         )
 
 

@@ -178,7 +178,7 @@ class SpecInferProposer:
             found, scores = likeliest(logits, index, place, considered)
             if ctx.deferring is not None and confidence is not None:
                 sure[request, row] = confidence.numpy()
-                _alone(scores, ctx.deferring.keeps(confidence, index))
+                scores = _trusted(scores, ctx.deferring.stands(confidence, index))
             loops.adopt(
                 request, row, found.numpy(), scores.numpy(), children, candidate, chances, owners, tokens, links, count
             )
@@ -198,9 +198,11 @@ def _confidence(ctx: StepContext, draft: DraftModel, logits: Tensor, request: Te
     return ctx.deferring.confidence(logits, request) if draft.score is None else draft.score
 
 
-def _alone(scores: Tensor, keeps: Tensor) -> None:
-    """Where the first candidate `keeps` [M] its place, leave the others [M, K] no chance."""
-    scores[:, 1:].masked_fill_(keeps.unsqueeze(1), -torch.inf)
+def _trusted(scores: Tensor, stands: Tensor) -> Tensor:
+    """Scores [M, K] whose softmax adds to the first candidate's chance that it `stands` [M] where it is not drawn."""
+    first, others = scores.softmax(1).split((1, scores.shape[1] - 1), 1)
+    left = 1.0 - stands.unsqueeze(1)
+    return torch.cat((1.0 - (1.0 - first) * left, others * left), 1).log()
 
 
 def _children(
@@ -218,7 +220,7 @@ def _children(
     confidence = _confidence(ctx, draft, logits, request)
     tokens, scores = likeliest(logits, request, place, min(max(count, CONSIDERED), logits.shape[1]))
     if ctx.deferring is not None and confidence is not None:
-        _alone(scores, ctx.deferring.keeps(confidence, request))
+        scores = _trusted(scores, ctx.deferring.stands(confidence, request))
     chances = scores.softmax(1)[:, :count]
     if draft.kept is not None:
         chances = chances * draft.kept.unsqueeze(1)

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from tests.unit.tree.naive import random_tree
-from vllm_spec_plugins.cascade.routes import Routes, agreement
-from vllm_spec_plugins.cascade.rules import deferral_rule
-from vllm_spec_plugins.tree import TokenTree, Walk
+from vllm_spec_plugins.cascade.routes import Routes, compare
+from vllm_spec_plugins.cascade.rules import Deferral, deferral_rule
+from vllm_spec_plugins.tree import TargetRows, TokenTree, Walk
 
 # Whatever is shown here is shown of the loops and of the tensor code.
 pytestmark = pytest.mark.usefixtures("on_both_paths")
@@ -36,16 +36,20 @@ def test_a_route_decides_the_threshold_and_a_request_may_bring_its_own():
     found.add(3)
     every = torch.arange(4)
     assert torch.allclose(found.thresholds(every), torch.tensor([0.6, math.inf, 0.25, 0.6]))
-    assert found.keeps(torch.tensor([0.6, 1.0, 0.3, 0.5]), every).tolist() == [True, False, True, False]
+    assert found.stands(torch.tensor([0.6, 1.0, 0.3, 0.5]), every).tolist() == [1.0, 0.0, 1.0, 0.0]
     found.add(2)
     assert found.thresholds(every)[2] == found.thresholds(every)[3]
 
 
-def test_a_rule_that_needs_the_full_model_is_expected_to_keep_unless_it_keeps_nothing():
+def test_a_rule_that_needs_the_full_model_is_expected_to_keep_as_often_as_it_has_of_late():
     found = routes("difference:0.1")
     found.add(0, "cheap")
     found.add(1, "full")
-    assert found.keeps(torch.zeros(2), torch.arange(2)).tolist() == [True, False]
+    assert found.stands(torch.zeros(2), torch.arange(2)).tolist() == [0.5, 0.0]
+    for _ in range(40):
+        judge(found, [0, 1], torch.tensor([False, True]))
+    cheap, full = found.stands(torch.zeros(2), torch.arange(2)).tolist()
+    assert full == 0.0 and 0 < cheap < 0.2
 
 
 def test_an_auto_request_is_escalated_when_the_draft_disagrees_and_comes_back_when_it_agrees():
@@ -65,17 +69,20 @@ def test_an_auto_request_is_escalated_when_the_draft_disagrees_and_comes_back_wh
     assert found.judged[1] == found.agreed[1] == 0
 
 
-def test_agreement_is_counted_along_the_accepted_path(rng):
+def test_choices_are_compared_along_the_accepted_path(rng):
     tree = random_tree(rng, batch=60, nodes=12, vocab=3)
     drawn = torch.randint(0, 3, (60, 13), generator=rng)
-    acceptance = Walk()(tree, drawn)
-    judged, agreed = agreement(tree, drawn, acceptance)
+    confident = TokenTree(tree.tokens, tree.parents, tree.max_depth, confidence=torch.rand(60, 12, generator=rng))
+    target = TargetRows(torch.zeros(13 * 60, 3), torch.arange(13 * 60).view(60, 13))
+    acceptance = Deferral(deferral_rule("confidence:0.5"))(confident, drawn, target)
+    judged, agreed, kept = compare(tree, drawn, acceptance)
     for b in range(60):
         rows = [0, *acceptance.path[b, : int(acceptance.num_accepted[b])].tolist()]
         firsts = []
         for row in rows:
             children = [j for j in range(12) if tree.tokens[b, j] >= 0 and tree.parents[b, j] == row]
-            firsts += [(int(tree.tokens[b, children[0]]), int(drawn[b, row]))] if children else []
+            firsts += [(int(tree.tokens[b, children[0]]), int(drawn[b, row]), children[0] + 1)] if children else []
         assert int(judged[b]) == len(firsts)
-        assert int(agreed[b]) == sum(cheap == full for cheap, full in firsts)
-    assert 0 < int(agreed.sum()) < int(judged.sum())
+        assert int(agreed[b]) == sum(cheap == full for cheap, full, _ in firsts)
+        assert int(kept[b]) == sum(child in rows and cheap != full for cheap, full, child in firsts)
+    assert 0 < int(agreed.sum()) < int(judged.sum()) and int(kept.sum()) > 0

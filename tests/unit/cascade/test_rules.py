@@ -31,6 +31,15 @@ def scene(rng, batch=40, nodes=14, greedy=True):
     return tree, TargetRows(logits, index.masked_fill(gone, -1)), drawn.masked_fill(gone, -1)
 
 
+def distinct(tree):
+    """[B] bool: no two siblings are equal, as in trees that a draft has grown; of equal ones the rule knows the first alone."""
+    out = []
+    for tokens, parents in zip(tree.tokens.tolist(), tree.parents.tolist(), strict=True):
+        nodes = [node for node in zip(tokens, parents, strict=True) if node[0] >= 0]
+        out.append(len(set(nodes)) == len(nodes))
+    return torch.tensor(out)
+
+
 def stands(rule, q, p, x):
     """The formulas, in plain numbers."""
     name, _, rest = rule.partition(":")
@@ -50,33 +59,21 @@ def cascaded(rule, tokens, parents, q, p, drawn):
         if children and stands(rule, q[children[0] - 1], p[at], tokens[children[0] - 1]):
             at = children[0]
         else:
-            # Of equal children the one that leads on furthest: the walk's choice too.
             same = [row for row in children if tokens[row - 1] == drawn[at]]
             if not same:
                 return [*emitted, drawn[at]]
-            at = max(same, key=lambda row: len(cascaded_from(rule, tokens, parents, q, p, drawn, row)))
+            (at,) = same
         emitted.append(tokens[at - 1])
-
-
-def cascaded_from(rule, tokens, parents, q, p, drawn, row):
-    """What `cascaded` emits when it stands at `row`, its own token first."""
-    children = [j + 1 for j, token in enumerate(tokens) if token >= 0 and parents[j] == row and drawn[j + 1] >= 0]
-    if children and stands(rule, q[children[0] - 1], p[row], tokens[children[0] - 1]):
-        following = children[:1]
-    else:
-        following = [child for child in children if tokens[child - 1] == drawn[row]]
-    tails = [cascaded_from(rule, tokens, parents, q, p, drawn, child) for child in following]
-    return [tokens[row - 1], *max(tails, key=len, default=[])]
 
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("greedy", [True, False])
 def test_the_path_is_that_of_the_rules_formula(rule, greedy, rng):
-    tree, target, drawn = scene(rng, greedy=greedy)
+    tree, target, drawn = scene(rng, batch=120, nodes=8, greedy=greedy)
     got = Deferral(deferral_rule(rule))(tree, drawn, target)
     p = target.logits.softmax(-1)[target.index.clamp(min=0)].tolist()
     differs = 0
-    for b in range(len(drawn)):
+    for b in distinct(tree).nonzero().flatten().tolist():
         arrays = tree.tokens[b].tolist(), tree.parents[b].tolist(), tree.confidence[b].tolist()
         assert unpad(got.emitted[b]) == cascaded(rule, *arrays, p[b], drawn[b].tolist())
         differs += unpad(got.emitted[b]) != unpad(Walk()(tree, drawn).emitted[b])
@@ -87,11 +84,8 @@ def test_the_path_is_that_of_the_rules_formula(rule, greedy, rng):
 def test_at_its_exact_end_a_rule_is_the_walk(rule, rng):
     tree, target, drawn = scene(rng, batch=200, nodes=8)
     got, walk = Deferral(deferral_rule(rule))(tree, drawn, target), Walk()(tree, drawn)
-    pairs = [list(zip(*rows, strict=True)) for rows in zip(tree.tokens.tolist(), tree.parents.tolist(), strict=True)]
-    once = torch.tensor(
-        [len({(x, above) for x, above in nodes if x >= 0}) == sum(x >= 0 for x, _ in nodes) for nodes in pairs]
-    )
-    assert once.sum() > 20  # of equal siblings the rule knows the first alone
+    once = distinct(tree)
+    assert once.sum() > 20
     assert torch.equal(got.emitted[once], walk.emitted[once])
     assert torch.equal(got.num_emitted[once], walk.num_emitted[once])
 

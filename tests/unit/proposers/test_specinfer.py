@@ -189,15 +189,15 @@ def confidence(logits, request):
     return logits.softmax(1).amax(1)
 
 
-def deferring(keeps):
-    return Deferring(confidence, lambda sure, request: keeps(sure, request))
+def deferring(stands):
+    return Deferring(confidence, stands)
 
 
 @pytest.mark.parametrize("kept", [None, lambda b, path: len(path) < 2])
 def test_a_cascades_tree_says_how_sure_the_draft_was_above_each_node(kept, seed):
     model = PathModel(seed)
     model.keeps = kept
-    ctx = replace(context(3), deferring=deferring(lambda sure, request: torch.zeros_like(request, dtype=torch.bool)))
+    ctx = replace(context(3), deferring=deferring(lambda sure, request: torch.zeros(len(request))))
     tree = SpecInferProposer(model, nodes=10, depth=4, ranks=3, min_chance=0.0).propose(ctx)
     plain = SpecInferProposer(model, nodes=10, depth=4, ranks=3, min_chance=0.0).propose(context(3))
     assert torch.equal(tree.tokens, plain.tokens) and plain.confidence is None
@@ -210,7 +210,7 @@ def test_a_cascades_tree_says_how_sure_the_draft_was_above_each_node(kept, seed)
 def test_a_policys_score_stands_in_the_place_of_the_drafts_probability(seed):
     model = PathModel(seed)
     model.score = torch.full((1,), 0.25)
-    ctx = replace(context(1), deferring=deferring(lambda sure, request: sure > 1))
+    ctx = replace(context(1), deferring=deferring(lambda sure, request: torch.zeros(len(request))))
     tree = SpecInferProposer(model, nodes=3, depth=1, ranks=3, min_chance=0.0).propose(ctx)
     assert tree.confidence.tolist() == [[0.25, 0.25, 0.25]]
 
@@ -218,7 +218,7 @@ def test_a_policys_score_stands_in_the_place_of_the_drafts_probability(seed):
 def test_where_the_draft_will_stand_its_stretch_is_a_chain_to_the_end(seed):
     """Of two requests one keeps all that the draft says; least chances cut the other's tree only."""
     model = PathModel(seed, sharpness=0.5)
-    ctx = replace(context(2), deferring=deferring(lambda sure, request: request == 0))
+    ctx = replace(context(2), deferring=deferring(lambda sure, request: (request == 0).float()))
     tree = SpecInferProposer(model, nodes=12, depth=5, ranks=3, min_chance=0.3).propose(ctx)
     path = ()
     for _ in range(5):
@@ -226,3 +226,12 @@ def test_where_the_draft_will_stand_its_stretch_is_a_chain_to_the_end(seed):
     assert nodes_of(tree, 0) == [path[:depth] for depth in range(1, 6)]
     assert tree.chance[0].tolist() == [1.0] * 5 + [0.0] * 7
     assert int(tree.num_nodes[1]) == 0
+
+
+def test_the_first_candidates_chance_is_to_be_drawn_or_to_stand_all_the_same(seed):
+    model = PathModel(seed)
+    ctx = replace(context(1), deferring=deferring(lambda sure, request: torch.full((len(request),), 0.9)))
+    tree = SpecInferProposer(model, nodes=8, depth=1, ranks=8, min_chance=0.0).propose(ctx)
+    (_, first), *others = chances(model, 0, ())
+    expected = [first + (1 - first) * 0.9, *(chance * 0.1 for _, chance in others)]
+    assert tree.chance[0].tolist() == pytest.approx(expected, rel=1e-4)
