@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -35,6 +36,7 @@ class Table(BaseModel):
 Count = Annotated[int, Field(ge=1, le=100_000)]
 Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
 Cost = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -52,7 +54,7 @@ class UpstreamSettings(Table):
 
     url: str
     name: str | None = None
-    api_key_env: str | None = None
+    api_key_env: Variable | None = None
     max_concurrency: Count = 64
     max_queue: Annotated[int, Field(ge=0, le=100_000)] = 256
 
@@ -99,7 +101,7 @@ class ScorerSettings(Table):
     kind: Literal["scorer"]
     model: str | None = None
     url: str | None = None
-    api_key_env: str | None = None
+    api_key_env: Variable | None = None
     timeout: Seconds = 10.0
 
     @model_validator(mode="after")
@@ -176,7 +178,7 @@ class CascadeSettings(Table):
     stages: Annotated[list[StageSettings], Field(min_length=2)]
     policy: PolicySettings
     threshold: Share = 0.8
-    client_keys_env: str | None = None
+    client_keys_env: Variable | None = None
     retry: RetrySettings = RetrySettings()
     health: HealthSettings = HealthSettings()
     budget: BudgetSettings = BudgetSettings()
@@ -207,7 +209,8 @@ def parse(given: Any, source: str = "cascade") -> CascadeSettings:
     try:
         return CascadeSettings.model_validate(given)
     except ValidationError as error:
-        raise CascadeConfigError(f"{source}: {_sentence(error)}") from error
+        # Not chained: the original shows values as they were given.
+        raise CascadeConfigError(f"{source}: {_sentence(error)}") from None
 
 
 def load(path: Path) -> CascadeSettings:
@@ -236,7 +239,12 @@ def _sentence(error: ValidationError) -> str:
         return f"{key}.kind is missing; valid are {', '.join(_KINDS)}"
     if isinstance(first["input"], Mapping | BaseModel):
         return f"{key}: {message}" if key else message
-    return f"{key}={first['input']!r}: {message}"
+    if key.endswith("_env"):  # somebody wrote a key here, it seems
+        return f"{key}: its value is not the name of an environment variable; valid are letters, digits and _"
+    shown = repr(first["input"])
+    if "://" in shown:  # without credentials
+        shown = re.sub(r"(?<=://)[^/]*@", "***@", shown).partition("?")[0]
+    return f"{key}={shown}: {message}"
 
 
 _KINDS = ("confidence", "vote", "scorer", "self_verification", "classifier")

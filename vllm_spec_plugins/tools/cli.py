@@ -22,6 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "bench", help="measure speed, identity, JSON answers, distribution and acceptance", add_help=False
     )
     commands.add_parser("train", help="train Medusa heads for a model", add_help=False)
+    commands.add_parser("router", help="one server over several vLLM servers, the cheapest first", add_help=False)
+    commands.add_parser("tune", help="`tune router`: a router's policy from recorded answers", add_help=False)
     # The subcommands read what follows their name themselves, as `python -m` on their modules does.
     arguments = parser.parse_args(given[:1])
 
@@ -39,6 +41,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             from vllm_spec_plugins.tools.train import cli
 
             return cli.main(given[1:], prog="vllm-spec train")
+        if arguments.command == "router":
+            from vllm_spec_plugins.tools.router import cli as router
+
+            return router.main(given[1:], prog="vllm-spec router")
+        if arguments.command == "tune":
+            if given[1:2] != ["router"]:
+                commands.choices["tune"].error(
+                    f"there is nothing to tune named {' '.join(given[1:2])!r}; valid is router"
+                )
+            from vllm_spec_plugins.tools.router import tune
+
+            return tune.main(given[2:], prog="vllm-spec tune router")
         from vllm_spec_plugins.tools import bench
 
         return bench.main(given[1:], prog="vllm-spec bench")

@@ -7,21 +7,24 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 
 from vllm_spec_plugins.cascade.config import BudgetSettings
 from vllm_spec_plugins.cascade.ledger import Bill, Ledger
 from vllm_spec_plugins.cascade.policies import Policy
-from vllm_spec_plugins.cascade.request import UNFINISHED, Body, Reply, ReplyError, Request
+from vllm_spec_plugins.cascade.request import UNFINISHED, Body, Kind, Reply, ReplyError, Request
 from vllm_spec_plugins.tools.router.metrics import Metrics
 from vllm_spec_plugins.tools.router.stage import Answer, Stage, StageFailed, Stream
 from vllm_spec_plugins.tools.router.upstream import CallFailed, Refused
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class OverBudget(Exception):
@@ -149,7 +152,7 @@ class Cascade:
         raise failure
 
     async def _judge(self, stage: Stage, request: Request, asks: Sequence[Body], bill: Bill) -> Judged:
-        answers = await _together([stage.call(request, body, bill) for body in asks])
+        answers = await together([stage.call(request, body, bill) for body in asks])
         asking = _Asking(request, stage, bill, self._scorer)
         try:
             verdict = await self.policy.judge(request, [answer.reply for answer in answers], asking)
@@ -179,8 +182,8 @@ def _length(request: Request) -> int:
     return len(json.dumps(what, ensure_ascii=False)) // 3
 
 
-async def _together(calls: Sequence[Coroutine[Any, Any, Answer]]) -> list[Answer]:
-    """All answers; at the first failure the other calls are given up before it is raised."""
+async def together(calls: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """All results; at the first failure the other calls are given up before it is raised."""
     tasks = [asyncio.create_task(call) for call in calls]
     try:
         return await asyncio.gather(*tasks)
@@ -190,25 +193,14 @@ async def _together(calls: Sequence[Coroutine[Any, Any, Answer]]) -> list[Answer
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-@dataclass(frozen=True)
-class Whole:
-    """An answer that is known whole and settled."""
+class Response(ABC):
+    """A response that is known whole."""
 
     request: Request
-    judged: Judged
-    bill: Bill
 
-    def account(self) -> dict[str, Any]:
-        score = {} if self.judged.score is None else {"score": self.judged.score, "limited": self.judged.limited}
-        return {**account(self.request, self.judged.stage, self.bill), **score}
-
-    def payload(self) -> dict[str, Any]:
-        """The JSON of the response."""
-        reply = self.judged.answer.reply
-        choices = reply.payload["choices"]
-        if not asked_for_logprobs(self.request):
-            choices = [{**choice, "logprobs": None} for choice in choices]
-        return {**reply.payload, **named(self.request), "choices": choices, "cascade": self.account()}
+    @abstractmethod
+    def payload(self) -> Body:
+        """Its JSON."""
 
     def chunks(self) -> list[bytes]:
         """The same as server-sent events, each choice in one piece."""
@@ -236,6 +228,38 @@ class Whole:
         return [*out, sse(b"[DONE]")]
 
 
+@dataclass(frozen=True)
+class Whole(Response):
+    """An answer that was just made, and is settled."""
+
+    request: Request
+    judged: Judged
+    bill: Bill
+
+    def account(self) -> dict[str, Any]:
+        score = {} if self.judged.score is None else {"score": self.judged.score, "limited": self.judged.limited}
+        return {**account(self.request, self.judged.stage, self.bill), **score}
+
+    def payload(self) -> Body:
+        reply = self.judged.answer.reply
+        choices = reply.payload["choices"]
+        if not asked_for_logprobs(self.request):
+            choices = [{**choice, "logprobs": None} for choice in choices]
+        return {**reply.payload, **named(self.request), "choices": choices, "cascade": self.account()}
+
+
+@dataclass(frozen=True)
+class Cached(Response):
+    """An answer of the answer cache: it costs nothing."""
+
+    request: Request
+    found: Body
+
+    def payload(self) -> Body:
+        owed = {"cached": True, "attempts": 0, "cost": 0.0, "threshold": self.request.threshold}
+        return {**self.found, **named(self.request), "cascade": owed}
+
+
 class Live:
     """An answer that comes as its stage writes it: iterate once, then `close`.
 
@@ -249,6 +273,8 @@ class Live:
         self.request, self.stage, self.bill = request, stage, bill
         self._stream, self._metrics, self._began = stream, metrics, began
         self._error: BaseException | None = None
+        # Given the whole response and what the request cost, once it is complete.
+        self.keep: Callable[[Body, float], Awaitable[None]] | None = None
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         try:
@@ -262,6 +288,7 @@ class Live:
             yield sse(failure(what, "upstream_error", 502))
 
     async def _relay(self) -> AsyncIterator[bytes]:
+        everything: list[dict[str, Any]] = []
         begun: set[int] = set()
         ended: set[int] = set()
         ends: list[dict[str, Any]] = []
@@ -282,6 +309,8 @@ class Live:
             if not choices:
                 continue
             shown = {**chunk, **named(self.request)}
+            if self.keep is not None:
+                everything.append(shown)
             ended |= over
             if over:
                 ends.append(shown)
@@ -297,6 +326,8 @@ class Live:
             frame = {key: value for key, value in ends[-1].items() if key in ("id", "object", "created", "model")}
             yield sse({**frame, "choices": [], "usage": usage, "cascade": owed})
         yield sse(b"[DONE]")
+        if self.keep is not None and (whole := joined(self.request.kind, everything, usage)) is not None:
+            await self.keep(whole, self.bill.cost)
 
     async def _all(self) -> AsyncIterator[Any]:
         for chunk in self._stream.first:
@@ -316,6 +347,27 @@ class Live:
             self._error = asyncio.CancelledError()
             self._settle("cancelled")
         await self._stream.close(self._error)
+
+
+def joined(kind: Kind, chunks: Sequence[Body], usage: Body) -> Body | None:
+    """The whole response that a stream's chunks add up to; None where they hold more than text and its end."""
+    texts: dict[int, str] = {}
+    ends: dict[int, Body] = {}
+    for choice in (choice for chunk in chunks for choice in chunk["choices"]):
+        delta = choice["delta"] if kind == "chat" else {"content": choice["text"]}
+        more = {key for key, value in {**choice, **delta}.items() if value}
+        if more - {"index", "delta", "text", "role", "content", "finish_reason", "stop_reason"}:
+            return None
+        index = choice["index"]
+        texts[index] = texts.get(index, "") + (delta.get("content") or "")
+        if choice.get("finish_reason") is not None:
+            ends[index] = {key: choice.get(key) for key in ("finish_reason", "stop_reason")}
+    choices = []
+    for index, text in sorted(texts.items()):
+        what = {"message": {"role": "assistant", "content": text}} if kind == "chat" else {"text": text}
+        choices.append({"index": index, **what, "logprobs": None, **ends[index]})
+    name = "chat.completion" if kind == "chat" else "text_completion"
+    return {"object": name, "created": chunks[0].get("created", 0), "choices": choices, "usage": usage}
 
 
 def named(request: Request) -> dict[str, Any]:

@@ -26,7 +26,9 @@ from vllm_spec_plugins.cascade.config import CascadeConfigError, CascadeSettings
 from vllm_spec_plugins.cascade.ledger import Ledger
 from vllm_spec_plugins.cascade.request import Kind, RequestError
 from vllm_spec_plugins.cascade.request import Request as Asked
-from vllm_spec_plugins.tools.router.cascade import Cascade, HttpScorer, Live, OverBudget, Whole, failure
+from vllm_spec_plugins.tools.router.answers import Answers, Slot, fingerprint, open_answers
+from vllm_spec_plugins.tools.router.cascade import Cached, Cascade, HttpScorer, Live, OverBudget, Whole, failure
+from vllm_spec_plugins.tools.router.cascade import Response as Answered
 from vllm_spec_plugins.tools.router.metrics import Metrics
 from vllm_spec_plugins.tools.router.stage import Stage, StageFailed
 from vllm_spec_plugins.tools.router.upstream import Busy, Refused, Upstream
@@ -38,6 +40,10 @@ NAME = "cascade"
 
 class Unauthorized(Exception):
     """A client without a key that this router knows."""
+
+
+class Gone(Exception):
+    """The client closed the connection before its answer."""
 
 
 class NoSuchModel(Exception):
@@ -52,6 +58,7 @@ class Service:
         source: what messages call that file.
         environment: where the keys are.
         transport: stands in for the network in tests.
+        answers: the answer cache, instead of the one that the settings name.
 
     Raises CascadeConfigError where a key, a model file or the ledger cannot be used.
     """
@@ -62,6 +69,7 @@ class Service:
         source: str = "cascade",
         environment: Mapping[str, str] = os.environ,
         transport: httpx.AsyncBaseTransport | None = None,
+        answers: Answers | None = None,
     ) -> None:
         self.settings, self.metrics = settings, Metrics()
         try:
@@ -91,6 +99,7 @@ class Service:
             if isinstance(settings.policy, ScorerSettings) and settings.policy.url is not None:
                 key = secret(settings.policy.api_key_env, "policy.api_key_env", environment)
                 self._scorer = HttpScorer(settings.policy.url, key, settings.policy.timeout, transport)
+            self._answers = open_answers(settings, source) if answers is None else answers
             self._ledger = Ledger(path, settings.budget.window)
         except CascadeConfigError as error:
             raise CascadeConfigError(str(error) if source in str(error) else f"{source}: {error}") from error
@@ -119,6 +128,8 @@ class Service:
             if self._scorer is not None:
                 await self._scorer.close()
             self._ledger.close()
+            if self._answers is not None:
+                self._answers.close()
 
     def tenant(self, authorization: str | None) -> str:
         """Whose request it is. Raises Unauthorized."""
@@ -172,7 +183,7 @@ class Service:
             except ValueError as error:
                 raise RequestError("the request's body is not JSON") from error
             asked = self.asked(kind, body, tenant)
-            found = await unless_gone(request, self.cascade.run(asked))
+            found = await unless_gone(request, self._answer(asked, request.headers))
         except Exception as error:
             return refusal(error)
         headers = {"X-Request-Id": asked.id}
@@ -181,6 +192,23 @@ class Service:
         if asked.streams:
             return StreamingResponse(_each(found), headers=headers, media_type="text/event-stream")
         return JSONResponse(found.payload(), headers=headers)
+
+    async def _answer(self, asked: Asked, headers: Mapping[str, str]) -> Answered | Live:
+        """From the cache, or from the cascade and into the cache."""
+        slot = None
+        if self._answers is not None:
+            # Only a key that was checked tells clients apart.
+            key = headers.get("authorization") if self._tenants else None
+            slot = Slot.of(self._answers, asked, key, headers, fingerprint(self.settings))
+        if slot is not None and (payload := await slot.find()) is not None:
+            self.metrics.request("cached", "", 0.0)
+            return Cached(asked, payload)
+        found = await self.cascade.run(asked)
+        if slot is not None and isinstance(found, Live):
+            found.keep = slot.keep
+        elif slot is not None and isinstance(found, Whole) and not found.judged.limited:
+            await slot.keep(found.payload(), found.bill.cost)
+        return found
 
     def router(self, prefix: str = "") -> APIRouter:
         """The routes, with the service's life tied to the application's."""
@@ -244,13 +272,13 @@ class Relay(StreamingResponse):
                 await self._live.close()
 
 
-async def _each(whole: Whole) -> AsyncIterator[bytes]:
+async def _each(whole: Answered) -> AsyncIterator[bytes]:
     for chunk in whole.chunks():
         yield chunk
 
 
-async def unless_gone(request: Request, work: Coroutine[Any, Any, Whole | Live]) -> Whole | Live:
-    """The result of `work`, which is cancelled when the client closes the connection."""
+async def unless_gone(request: Request, work: Coroutine[Any, Any, Answered | Live]) -> Answered | Live:
+    """The result of `work`, which is cancelled when the client closes the connection. Raises Gone then."""
     task = asyncio.create_task(work)
 
     async def gone() -> None:
@@ -265,6 +293,8 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, Whole | Live])
         if not task.done():
             task.cancel()
         await asyncio.wait({task, leaving})
+    if task.cancelled():
+        raise Gone("the client closed the connection")
     return task.result()
 
 
@@ -279,6 +309,8 @@ def refusal(error: Exception) -> Response:
         status, kind = 401, "authentication_error"
     elif isinstance(error, NoSuchModel):
         status, kind = 404, "not_found_error"
+    elif isinstance(error, Gone):
+        status, kind = 499, "client_closed_request"  # nobody reads it
     elif isinstance(error, OverBudget):
         status, kind = 429, "insufficient_quota"
     elif isinstance(error, Busy | StageFailed):

@@ -92,20 +92,27 @@ class Stage:
         last: Exception | None = None
         async for upstream in self._picks():
             try:
-                return await self._hedged(upstream, request, body, bill)
+                if self._settings.hedge_after is None or len(self.upstreams) == 1:
+                    # Without a task of its own: the upstream's load counts this call before another one is placed.
+                    return self._paid(await self._once(upstream, request, body, bill), upstream, bill)
+                return await self._hedged(upstream, self._settings.hedge_after, request, body, bill)
             except CallFailed as error:
                 last = error
         raise self._failed(last)
 
-    async def _hedged(self, upstream: Upstream, request: Request, body: Body, bill: Bill) -> Answer:
-        """One attempt; if hedging is on and it takes long, a second beside it. The first whole reply is the one paid for."""
+    def _paid(self, answer: Answer, upstream: Upstream, bill: Bill) -> Answer:
+        counts = answer.reply.input_tokens, answer.reply.output_tokens
+        self._enter(bill, answer.attempt, upstream, "completed", *counts)
+        return answer
+
+    async def _hedged(self, upstream: Upstream, delay: float, request: Request, body: Body, bill: Bill) -> Answer:
+        """One attempt, after `delay` a second beside it. The first whole reply is the one paid for."""
         tasks = {asyncio.create_task(self._once(upstream, request, body, bill)): upstream}
-        delay = self._settings.hedge_after if len(self.upstreams) > 1 else None
         winner: asyncio.Task[Answer] | None = None
         last: BaseException | None = None
         pending = set(tasks)
         try:
-            if delay is not None and not (await asyncio.wait(pending, timeout=delay))[0]:
+            if not (await asyncio.wait(pending, timeout=delay))[0]:
                 other = self._pick([upstream])
                 if other is not None and other is not upstream:
                     hedge = asyncio.create_task(self._once(other, request, body, bill))
@@ -129,11 +136,7 @@ class Stage:
         if winner is None:
             assert last is not None
             raise last
-        answer = winner.result()
-        self._enter(
-            bill, answer.attempt, tasks[winner], "completed", answer.reply.input_tokens, answer.reply.output_tokens
-        )
-        return answer
+        return self._paid(winner.result(), tasks[winner], bill)
 
     async def _once(self, upstream: Upstream, request: Request, body: Body, bill: Bill) -> Answer:
         attempt = bill.attempt()
