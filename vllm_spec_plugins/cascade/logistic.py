@@ -66,10 +66,10 @@ class Logistic:
         return 1.0 / (1.0 + math.exp(-max(-60.0, min(60.0, logit))))
 
     def as_dict(self) -> dict[str, object]:
-        vectors = {name: np.round(getattr(self, name), 6).tolist() for name in ("weights", "mean", "scale")}
+        vectors = {name: [float(f"{x:.6g}") for x in getattr(self, name)] for name in ("weights", "mean", "scale")}
         # One number stands for a vector of equals.
         short = {key: values[0] if len(set(values)) == 1 else values for key, values in vectors.items()}
-        return {"bias": round(self.bias, 6), **short}
+        return {"bias": float(f"{self.bias:.6g}"), **short}
 
     @classmethod
     def from_dict(cls, given: object, dimension: int) -> Logistic:
@@ -103,7 +103,8 @@ def fit(features: np.ndarray, good: np.ndarray, decay: float, standardise: bool)
     width = features.shape[1]
     mean = features.mean(0) if standardise else np.zeros(width)
     deviation = features.std(0) if standardise else np.ones(width)
-    scale = np.where(deviation > 0, deviation, 1.0)
+    # A feature that is always the same has a deviation of rounding errors.
+    scale = np.where(deviation > 1e-9 * (1.0 + np.abs(mean)), deviation, 1.0)
     x = np.concatenate(((features - mean) / scale, np.ones((len(features), 1))), 1)
     penalty = np.full(width + 1, decay)
     penalty[-1] = 0.0

@@ -54,6 +54,15 @@ def test_the_fit_is_a_stationary_point_of_the_penalised_loss(seed: int) -> None:
     assert abs((chance - good).mean()) < 1e-5
 
 
+def test_a_figure_that_never_changes_has_no_say(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    x = np.stack([rng.normal(size=200), np.full(200, 0.1) + np.tile([0.0, 1e-17], 100), np.full(200, 1.9)], 1)
+    model = fit(x, x[:, 0] > 0.3, 1e-3, standardise=True)
+    again = Logistic.from_dict(model.as_dict(), 3)
+    assert np.abs(again.weights[1:]).max() < 1e-9
+    assert again(np.array([1.0, 0.1, 1.9])) == pytest.approx(model(np.array([1.0, 0.1, 1.9])), abs=1e-4)
+
+
 def test_labels_of_one_kind_teach_nothing() -> None:
     with pytest.raises(ValueError, match="all 4 recorded answers are good"):
         fit(np.eye(4), np.ones(4), 0.1, standardise=False)
