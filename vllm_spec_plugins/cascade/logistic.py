@@ -31,7 +31,7 @@ def ngrams(text: str) -> np.ndarray:
     grams += [f"#{text[i : i + 3]}" for i in range(len(text) - 2)]
     features = np.zeros(1 << BITS)
     for gram in grams:
-        code = zlib.crc32(gram.encode())
+        code = zlib.crc32(gram.encode("utf-8", "surrogatepass"))
         features[code & ((1 << BITS) - 1)] += 1.0 if code >> 31 else -1.0
     return features / (float(np.linalg.norm(features)) or 1.0)
 

@@ -66,14 +66,14 @@ class Slot:
 
     @classmethod
     def of(
-        cls, cache: Answers, request: Request, api_key: str | None, headers: Mapping[str, str], cascade: str
+        cls, cache: Answers, request: Request, tenant: str | None, headers: Mapping[str, str], cascade: str
     ) -> Slot | None:
-        """None where the cache has no business with the request."""
+        """None where the cache has no business with the request. `tenant`: None for clients without a key."""
         use = cache.use(request.body, headers)
         if not (use.read or use.write):
             return None
         model = f"{cascade} {request.threshold:g}"
-        return cls(cache, cache.key(request.body, api_key, model=model, endpoint=request.kind), use)
+        return cls(cache, cache.key(request.body, tenant, model=model, endpoint=request.kind), use)
 
     async def find(self) -> Body | None:
         """The response's JSON but for `OURS`."""

@@ -12,13 +12,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Seque
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import httpx
-
 from vllm_spec_plugins.cascade.config import BudgetSettings
 from vllm_spec_plugins.cascade.ledger import Bill, Ledger
 from vllm_spec_plugins.cascade.policies import Policy
 from vllm_spec_plugins.cascade.request import UNFINISHED, Body, Kind, Reply, ReplyError, Request
 from vllm_spec_plugins.tools.router.metrics import Metrics
+from vllm_spec_plugins.tools.router.scorer import HttpScorer, Unjudged
 from vllm_spec_plugins.tools.router.stage import Answer, Stage, StageFailed, Stream
 from vllm_spec_plugins.tools.router.upstream import CallFailed, Refused
 
@@ -29,34 +28,6 @@ T = TypeVar("T")
 
 class OverBudget(Exception):
     """The next call could cost more than the request's or the tenant's budget leaves."""
-
-
-class Unjudged(Exception):
-    """An answer whose score could not be had."""
-
-
-class HttpScorer:
-    """POST {"question", "answer"} -> {"score": 0 to 1}."""
-
-    def __init__(self, url: str, key: str | None, timeout: float, transport: httpx.AsyncBaseTransport | None = None):
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._url = url
-        self._client = httpx.AsyncClient(headers=headers, timeout=timeout, transport=transport, trust_env=False)
-
-    async def score(self, question: str, answer: str) -> float:
-        """Raises Unjudged when it does not say."""
-        try:
-            response = await self._client.post(self._url, json={"question": question, "answer": answer})
-            response.raise_for_status()
-            score = float(response.json()["score"])
-        except (httpx.HTTPError, KeyError, TypeError, ValueError) as error:
-            raise Unjudged(f"the scorer gave no score ({type(error).__name__})") from error
-        if not 0.0 <= score <= 1.0:
-            raise Unjudged(f"the scorer gave {score:g}, which is not within 0 to 1")
-        return score
-
-    async def close(self) -> None:
-        await self._client.aclose()
 
 
 @dataclass(frozen=True)

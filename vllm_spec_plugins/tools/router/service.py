@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import hashlib
 import hmac
+import json
 import logging
 import math
 import os
@@ -27,9 +28,10 @@ from vllm_spec_plugins.cascade.ledger import Ledger
 from vllm_spec_plugins.cascade.request import Kind, RequestError
 from vllm_spec_plugins.cascade.request import Request as Asked
 from vllm_spec_plugins.tools.router.answers import Answers, Slot, fingerprint, open_answers
-from vllm_spec_plugins.tools.router.cascade import Cached, Cascade, HttpScorer, Live, OverBudget, Whole, failure
+from vllm_spec_plugins.tools.router.cascade import Cached, Cascade, Live, OverBudget, Whole, failure
 from vllm_spec_plugins.tools.router.cascade import Response as Answered
 from vllm_spec_plugins.tools.router.metrics import Metrics
+from vllm_spec_plugins.tools.router.scorer import HttpScorer
 from vllm_spec_plugins.tools.router.stage import Stage, StageFailed
 from vllm_spec_plugins.tools.router.upstream import Busy, Refused, Upstream
 
@@ -105,6 +107,7 @@ class Service:
             raise CascadeConfigError(str(error) if source in str(error) else f"{source}: {error}") from error
         except (OSError, ValueError) as error:
             raise CascadeConfigError(f"{source}: ledger={settings.ledger}: cannot be used ({error})") from error
+        self._fingerprint = fingerprint(settings)
         # Compared as digests, all of them: the time says nothing about a key.
         self._tenants = [(hashlib.sha256(key.encode()).digest(), tenant) for key, tenant in keys.items()]
         self.cascade = Cascade(stages, policy, settings.budget, self._ledger, self.metrics, self._scorer)
@@ -178,11 +181,7 @@ class Service:
         """One request, answered or refused."""
         try:
             tenant = self.tenant(request.headers.get("authorization"))
-            try:
-                body = await request.json()
-            except ValueError as error:
-                raise RequestError("the request's body is not JSON") from error
-            asked = self.asked(kind, body, tenant)
+            asked = self.asked(kind, parsed(await request.body()), tenant)
             found = await unless_gone(request, self._answer(asked, request.headers))
         except Exception as error:
             return refusal(error)
@@ -197,9 +196,7 @@ class Service:
         """From the cache, or from the cascade and into the cache."""
         slot = None
         if self._answers is not None:
-            # Only a key that was checked tells clients apart.
-            key = headers.get("authorization") if self._tenants else None
-            slot = Slot.of(self._answers, asked, key, headers, fingerprint(self.settings))
+            slot = Slot.of(self._answers, asked, asked.tenant if self._tenants else None, headers, self._fingerprint)
         if slot is not None and (payload := await slot.find()) is not None:
             self.metrics.request("cached", "", 0.0)
             return Cached(asked, payload)
@@ -275,6 +272,18 @@ class Relay(StreamingResponse):
 async def _each(whole: Answered) -> AsyncIterator[bytes]:
     for chunk in whole.chunks():
         yield chunk
+
+
+def parsed(body: bytes) -> Any:
+    """JSON as RFC 8259 has it, without Python's NaN and Infinity. Raises RequestError."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(constant)
+
+    try:
+        return json.loads(body, parse_constant=refuse)
+    except ValueError as error:
+        raise RequestError("the request's body is not JSON") from error
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, Answered | Live]) -> Answered | Live:

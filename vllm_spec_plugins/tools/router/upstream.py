@@ -133,7 +133,7 @@ class Upstream:
     async def post(self, path: str, body: dict[str, Any], attempt: str) -> Any:
         """The JSON of a whole reply. Raises CallFailed or Refused."""
         try:
-            response = await self._client.post(path, json=body, headers={"X-Request-Id": attempt})
+            response = await self._client.post(path, **_sent(body, attempt))
             self._check(response)
             return response.json()
         except (httpx.HTTPError, ValueError) as error:
@@ -143,7 +143,7 @@ class Upstream:
     async def stream(self, path: str, body: dict[str, Any], attempt: str) -> AsyncIterator[AsyncIterator[Any]]:
         """The chunks of a reply, parsed, until its [DONE]. Raises CallFailed, also from the chunks, or Refused."""
         try:
-            async with self._client.stream("POST", path, json=body, headers={"X-Request-Id": attempt}) as response:
+            async with self._client.stream("POST", path, **_sent(body, attempt)) as response:
                 if response.status_code != 200:
                     await response.aread()
                 self._check(response)
@@ -215,6 +215,12 @@ async def events(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         for line in lines:
             if line.startswith(b"data:"):
                 yield line.removeprefix(b"data:").strip()
+
+
+def _sent(body: dict[str, Any], attempt: str) -> dict[str, Any]:
+    """What httpx is given. In ASCII: a client may have escaped half a surrogate pair, which UTF-8 does not have."""
+    headers = {"X-Request-Id": attempt, "Content-Type": "application/json"}
+    return {"content": json.dumps(body).encode(), "headers": headers}
 
 
 def _message(response: httpx.Response) -> str:

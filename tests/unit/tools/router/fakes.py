@@ -198,6 +198,9 @@ class Client:
     async def post(self, path: str, headers: Mapping[str, str] | None = None, **body: Any) -> httpx.Response:
         return await self._http.post(path, json=body, headers=headers)
 
+    async def send(self, path: str, content: bytes) -> httpx.Response:
+        return await self._http.post(path, content=content)
+
     async def chat(self, headers: Mapping[str, str] | None = None, **body: Any) -> httpx.Response:
         base = {"model": "cascade", "messages": [{"role": "user", "content": "hi"}]}
         return await self.post("/v1/chat/completions", headers, **{**base, **body})

@@ -267,9 +267,9 @@ def test_each_upstream_sees_its_own_key_alone_and_no_log_line_or_answer_shows_on
 
     large = {"upstreams": [{"url": "http://large1", "api_key_env": "LARGE"}, {"url": "http://large2"}]}
     small = {"upstreams": [{"url": "http://small", "api_key_env": "SMALL"}]}
-    with caplog.at_level(logging.DEBUG):
+    with caplog.at_level(logging.DEBUG), caplog.at_level(logging.DEBUG, "httpx"):
         routed(test, keys, large=large, small=small, client_keys_env="CLIENTS")
-    assert "small" in caplog.text
+    assert "http://small/v1/chat/completions" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -289,6 +289,27 @@ def test_a_request_that_makes_no_sense_is_refused_before_any_call(path: str, bod
         assert refused.status_code == 400
         assert words in refused.json()["error"]["message"]
         assert not fakes.calls
+
+    routed(test)
+
+
+@pytest.mark.parametrize("body", [b"", b"[", b'{"model": NaN}', b'{"temperature": Infinity}', b"[]"])
+def test_a_body_that_is_no_json_object_is_refused(body: bytes) -> None:
+    async def test(client: Client, fakes: Fakes) -> None:
+        refused = await client.send("/v1/completions", body)
+        assert refused.status_code == 400
+        assert "JSON" in refused.json()["error"]["message"]
+
+    routed(test)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_half_a_surrogate_pair_travels_as_it_came_and_is_no_failure_of_an_upstream(stream: bool) -> None:
+    async def test(client: Client, fakes: Fakes) -> None:
+        fakes.chance["small"] = 0.1
+        sent = json.dumps({"model": "cascade", "prompt": "\ud800", "stream": stream}).encode()
+        assert (await client.send("/v1/completions", sent)).status_code == 200
+        assert {json.loads(request.content)["prompt"] for _, request in fakes.calls} == {"\ud800"}
 
     routed(test)
 
