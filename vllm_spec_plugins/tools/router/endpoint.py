@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The router inside one vLLM server, as an endpoint plugin: ``VLLM_PLUGINS=cascade_router`` and a configuration."""
+"""The router inside one vLLM server, as an endpoint plugin: ``VLLM_PLUGINS=cascade_router SPEC_PLUGINS_CASCADE=FILE``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from vllm_spec_plugins.cascade import config
 from vllm_spec_plugins.tools.router.service import Service
 
-ENVIRONMENT = "VLLM_SPEC_CASCADE"
+ENVIRONMENT = "SPEC_PLUGINS_CASCADE"  # vLLM warns of VLLM_ variables that it does not know
 
 # Beside the server's own routes: the server is itself an upstream, under them.
 PREFIX = "/cascade"
