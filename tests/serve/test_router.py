@@ -24,6 +24,7 @@ from vllm_spec_plugins.tools.server import MODEL, Server, free_port, running
 REQUESTS = int(os.environ.get("ROUTER_REQUESTS", "500"))
 TOGETHER = 32
 TOKENS = 8
+LONG = 500  # of an answer that is under way for seconds
 PRICES = {"small": (1e-6, 2e-6), "large": (10e-6, 20e-6)}
 
 # What draws out every path: the small model's answer kept, judged, and never kept.
@@ -49,7 +50,7 @@ class Setting:
 @pytest.fixture(scope="module")
 def routed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setting]:
     folder = tmp_path_factory.mktemp("router")
-    arguments = [*ARGUMENTS, "--max-num-seqs", str(TOGETHER)]
+    arguments = [*ARGUMENTS, "--max-num-seqs", str(TOGETHER), "--max-model-len", "1024"]
     small = Server("small", TARGET.parent / "draft", arguments, folder / "small.log")
     large = Server("large", TARGET, arguments, folder / "large.log")
     stages = [
@@ -196,7 +197,7 @@ def test_streams_whose_server_dies_end_with_an_error_and_are_not_billed(routed: 
         reading = asyncio.Semaphore(0)
 
         async def one(number: int) -> str:
-            body = {"model": "cascade-1", "prompt": routed.prompts[number], "max_tokens": 100, "stream": True}
+            body = {"model": "cascade-1", "prompt": routed.prompts[number], "max_tokens": LONG, "stream": True}
             text = ""
             async with http.stream("POST", "/v1/completions", json={**body, "ignore_eos": True}) as response:
                 assert response.status_code == 200

@@ -27,7 +27,7 @@ from vllm_spec_plugins.cascade.config import CascadeConfigError, CascadeSettings
 from vllm_spec_plugins.cascade.ledger import Ledger
 from vllm_spec_plugins.cascade.request import Kind, RequestError
 from vllm_spec_plugins.cascade.request import Request as Asked
-from vllm_spec_plugins.tools.router.answers import Answers, Slot, fingerprint, open_answers
+from vllm_spec_plugins.tools.router.answers import Slot, fingerprint, open_answers
 from vllm_spec_plugins.tools.router.cascade import Cached, Cascade, Live, OverBudget, Whole, failure
 from vllm_spec_plugins.tools.router.cascade import Response as Answered
 from vllm_spec_plugins.tools.router.metrics import Metrics
@@ -60,7 +60,6 @@ class Service:
         source: what messages call that file.
         environment: where the keys are.
         transport: stands in for the network in tests.
-        answers: the answer cache, instead of the one that the settings name.
 
     Raises CascadeConfigError where a key, a model file or the ledger cannot be used.
     """
@@ -71,7 +70,6 @@ class Service:
         source: str = "cascade",
         environment: Mapping[str, str] = os.environ,
         transport: httpx.AsyncBaseTransport | None = None,
-        answers: Answers | None = None,
     ) -> None:
         self.settings, self.metrics = settings, Metrics()
         try:
@@ -101,10 +99,12 @@ class Service:
             if isinstance(settings.policy, ScorerSettings) and settings.policy.url is not None:
                 key = secret(settings.policy.api_key_env, "policy.api_key_env", environment)
                 self._scorer = HttpScorer(settings.policy.url, key, settings.policy.timeout, transport)
-            self._answers = open_answers(settings, source) if answers is None else answers
+            self._answers = open_answers(settings, source)
             self._ledger = Ledger(path, settings.budget.window)
         except CascadeConfigError as error:
-            raise CascadeConfigError(str(error) if source in str(error) else f"{source}: {error}") from error
+            raise CascadeConfigError(
+                str(error) if str(error).startswith(f"{source}: ") else f"{source}: {error}"
+            ) from error
         except (OSError, ValueError) as error:
             raise CascadeConfigError(f"{source}: ledger={settings.ledger}: cannot be used ({error})") from error
         self._fingerprint = fingerprint(settings)

@@ -28,7 +28,7 @@ from vllm_spec_plugins.cascade import config
 from vllm_spec_plugins.cascade.ledger import Bill
 from vllm_spec_plugins.cascade.logistic import Logistic, figures, fit, ngrams
 from vllm_spec_plugins.cascade.policies import Confidence
-from vllm_spec_plugins.cascade.request import Body, Request
+from vllm_spec_plugins.cascade.request import Body, Kind, Request
 from vllm_spec_plugins.layers.calibration import boldest, hoeffding_bentkus
 from vllm_spec_plugins.tools.router.cascade import together
 from vllm_spec_plugins.tools.router.service import NAME, Service
@@ -102,13 +102,16 @@ def load(path: Path) -> list[Record]:
     return records
 
 
-async def record(service: Service, prompts: Sequence[str], path: Path, max_tokens: int, places: int) -> None:
+async def record(
+    service: Service, prompts: Sequence[str], path: Path, max_tokens: int, places: int, kind: Kind = "completions"
+) -> None:
     """Ask every stage each prompt, greedily, and write the records. Raises StageFailed, Busy, Refused."""
     free = asyncio.Semaphore(places)
 
     async def one(number: int, prompt: str) -> str:
-        body: Body = {"model": NAME, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
-        request = Request(f"tune-{number}", "completions", body, "tune", 1.0)
+        what = {"prompt": prompt} if kind == "completions" else {"messages": [{"role": "user", "content": prompt}]}
+        body: Body = {"model": NAME, **what, "max_tokens": max_tokens, "temperature": 0}
+        request = Request(f"tune-{number}", kind, body, "tune", 1.0)
         bill: Bill = service.cascade.ledger.open(request.id, request.tenant)
         answers = []
         async with free:
@@ -212,6 +215,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
     found.add_argument(
         "--prompts", type=Path, metavar="FILE", help='JSON lines with a "prompt" each: record them first'
     )
+    found.add_argument("--chat", action="store_true", help="record them as a user's messages, not as plain prompts")
     found.add_argument("--max-tokens", type=int, default=256, help="of a recorded answer (%(default)s)")
     found.add_argument("--together", type=int, default=16, help="prompts recorded at a time (%(default)s)")
     found.add_argument(
@@ -234,7 +238,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "vllm-spec tune router")
             lines = arguments.prompts.read_text(encoding="utf-8").splitlines()
             prompts = [json.loads(line)["prompt"] for line in lines]
             service = Service(config.load(arguments.config), str(arguments.config))
-            asyncio.run(record(service, prompts, arguments.record, arguments.max_tokens, arguments.together))
+            kind: Kind = "chat" if arguments.chat else "completions"
+            asyncio.run(record(service, prompts, arguments.record, arguments.max_tokens, arguments.together, kind))
         records = load(arguments.record)
         given = arguments.tolerance, arguments.error
         found = tune(records, arguments.policy, *given, arguments.seed, arguments.statistic)

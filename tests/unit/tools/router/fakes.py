@@ -215,15 +215,16 @@ class Client:
 def routed(
     test: Callable[[Client, Fakes], Any],
     environment: Mapping[str, str] | None = None,
-    answers: Any = None,
     **changes: Any,
 ) -> None:
-    """Run `test` against a router over fakes; `changes`: of `settings`, and `prepare`, called with the fakes first."""
+    """Run `test` against a router over fakes; `changes`: of `settings`."""
 
     async def run() -> None:
         fakes = Fakes()
         service = Service(
-            settings(**changes), environment=environment or {}, transport=fakes.transport, answers=answers
+            settings(**changes),
+            environment=environment or {},
+            transport=fakes.transport,
         )
         async with (
             service.running(),
@@ -232,6 +233,12 @@ def routed(
             await test(Client(service, http), fakes)
 
     asyncio.run(run())
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for it, however busy the machine is; a test's own time limit ends what never comes."""
+    while not condition():
+        await asyncio.sleep(0.002)
 
 
 def events(response: httpx.Response) -> list[Any]:

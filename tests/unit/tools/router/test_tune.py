@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import random
@@ -12,7 +13,7 @@ import pytest
 from tests.unit.tools.router.fakes import Fakes, settings
 from vllm_spec_plugins.cascade.config import ClassifierSettings, ScorerSettings
 from vllm_spec_plugins.cascade.policies import build
-from vllm_spec_plugins.cascade.request import Request
+from vllm_spec_plugins.cascade.request import Kind, Request
 from vllm_spec_plugins.tools.router import tune
 from vllm_spec_plugins.tools.router.service import Service
 
@@ -114,14 +115,16 @@ def test_records_that_teach_nothing_are_refused_with_a_sentence(
     assert not (tmp_path / "m").exists()
 
 
-def test_recording_asks_every_stage_each_prompt_greedily(tmp_path: Path) -> None:
-    import asyncio
+@pytest.mark.parametrize("kind", ["completions", "chat"])
+def test_recording_asks_every_stage_each_prompt_greedily(tmp_path: Path, kind: Kind) -> None:
+    def said(body: dict[str, Any]) -> str:
+        return body["prompt"] if kind == "completions" else body["messages"][0]["content"]
 
     async def run() -> Fakes:
         fakes = Fakes()
-        fakes.text["small"] = lambda body: body["prompt"].upper()
+        fakes.text["small"] = lambda body: said(body).upper()
         service = Service(settings(), environment={}, transport=fakes.transport)
-        await tune.record(service, [f"p{i}" for i in range(30)], tmp_path / "r", 16, 4)
+        await tune.record(service, [f"p{i}" for i in range(30)], tmp_path / "r", 16, 4, kind)
         return fakes
 
     fakes = asyncio.run(run())
