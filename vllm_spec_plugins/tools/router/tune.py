@@ -256,7 +256,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "vllm-spec tune router")
         return 1
     out.print(
         f"threshold: {found.threshold:g}: {found.cheap:.0%} of {found.prompts} prompts answered before the last stage, "
-        f"{found.risk:.1%} of them worse (allowed: {arguments.tolerance:.1%}, error {arguments.error:g})",
+        f"a worse answer for {found.risk:.1%} (allowed: {arguments.tolerance:.1%}, error {arguments.error:g})",
         markup=False,
         soft_wrap=True,
     )
