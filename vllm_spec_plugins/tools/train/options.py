@@ -10,8 +10,8 @@ from dataclasses import fields
 from pathlib import Path
 
 from vllm_spec_plugins.config import FLAG, SettingError
+from vllm_spec_plugins.depth_settings import SkipDecodeSettings
 from vllm_spec_plugins.layers.schedule import Schedule
-from vllm_spec_plugins.settings import SkipDecodeSettings
 from vllm_spec_plugins.tools.train.run import TrainError
 
 MEDUSA = """Heads for a model, trained on text of your own. MODEL stays as it is. DIR then serves:
