@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a user may ask for: the ``--plugin name:key=value`` grammar, and what every plugin's settings class has.
 
-The classes themselves stand in settings.py. Everything is checked once, at start. Every error is one sentence that names the
-flag, the value and what would be valid.
+The classes themselves stand in settings.py and depth_settings.py. Everything is checked once, at start. Every error is one
+sentence that names the flag, the value and what would be valid.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ def main() -> None:
         constant = {"max_layers": depth, "min_layers": depth, "levels": 0}
         cases[f"{depth} layers"] = depth / layers, constant
     for speedup in args.speedups:
-        from vllm_spec_plugins.settings import SkipDecodeSettings
+        from vllm_spec_plugins.depth_settings import SkipDecodeSettings
 
         schedule = SkipDecodeSettings(speedup=speedup, max_tokens=args.tokens - 1).schedule(layers)
         name = f"{speedup:g}x: {schedule.max_layers} to {schedule.min_layers}"

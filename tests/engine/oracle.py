@@ -9,8 +9,9 @@ from typing import ClassVar
 import torch
 
 from vllm_spec_plugins.config import Settings, setting
+from vllm_spec_plugins.method import Method, Surroundings
 from vllm_spec_plugins.proposers.base import StepContext
-from vllm_spec_plugins.registry import METHODS, Method, Surroundings, register
+from vllm_spec_plugins.registry import METHODS, register
 from vllm_spec_plugins.tree.accept import Walk
 from vllm_spec_plugins.tree.tree import TokenTree
 

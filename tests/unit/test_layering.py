@@ -23,14 +23,16 @@ LEVELS = {
     "tree": 1,
     "config": 0,
     "settings": 3,
+    "depth_settings": 4,
     "proposers": 4,
     "layers": 0,
     "cascade": 2,
-    "registry": 5,
-    "cpu": 5,
-    "engine": 6,
-    "plugin": 7,
-    "tools": 8,
+    "method": 5,
+    "registry": 6,
+    "cpu": 6,
+    "engine": 7,
+    "plugin": 8,
+    "tools": 9,
 }
 MAY_IMPORT_VLLM = {"engine", "cpu", "tools"}
 

@@ -121,6 +121,7 @@ print(json.dumps({p.group: [p.name, callable(p.load()), p.load().__module__] for
 """
     assert json.loads(run(installed, "-c", code, cwd=installed.parent)) == {
         "console_scripts": ["vllm-spec", True, "vllm_spec_plugins.tools.cli"],
+        "vllm.endpoint_plugins": ["cascade_router", True, "vllm_spec_plugins.tools.router.endpoint"],
         "vllm.general_plugins": ["spec_plugins", True, "vllm_spec_plugins.plugin"],
     }
     assert "usage: vllm-spec" in run(installed.with_name("vllm-spec"), "--help", cwd=installed.parent)

@@ -15,10 +15,10 @@ from vllm.v1.outputs import DraftTokenIds
 
 from vllm_spec_plugins.cascade.routes import ROUTES, Routes
 from vllm_spec_plugins.config import FLAG, Settings
+from vllm_spec_plugins.depth_settings import CascadeSettings
 from vllm_spec_plugins.engine import contrastive
 from vllm_spec_plugins.engine.scheduling import TreeDraftTokenIds
 from vllm_spec_plugins.engine.settings import settings_of
-from vllm_spec_plugins.settings import CascadeSettings
 
 KEY = "cascade"
 FORM = 'use {"route": "cheap"} or {"threshold": 0.1}, or that as JSON text'

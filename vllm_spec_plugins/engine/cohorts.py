@@ -16,9 +16,9 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from vllm_spec_plugins.config import Settings
+from vllm_spec_plugins.depth_settings import SkipDecodeSettings
 from vllm_spec_plugins.engine.settings import settings_of
 from vllm_spec_plugins.layers.cohorts import Cohorts
-from vllm_spec_plugins.settings import SkipDecodeSettings
 
 logger = init_logger(f"vllm.{__name__}")
 

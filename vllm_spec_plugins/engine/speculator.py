@@ -28,8 +28,9 @@ from vllm_spec_plugins.engine.shallow import ShallowDraft
 from vllm_spec_plugins.engine.state import TreeState, Verified
 from vllm_spec_plugins.layers.exit_policy import ExitPolicy
 from vllm_spec_plugins.layers.planner import Planner
+from vllm_spec_plugins.method import Surroundings
 from vllm_spec_plugins.proposers.base import Counting, Deferring, StepContext
-from vllm_spec_plugins.registry import Surroundings, method_of
+from vllm_spec_plugins.registry import method_of
 from vllm_spec_plugins.tree.accept import Acceptance, Walk
 from vllm_spec_plugins.tree.tree import TokenTree
 

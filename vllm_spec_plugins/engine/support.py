@@ -14,9 +14,10 @@ from vllm.config.compilation import CompilationMode
 from vllm.tokenizers import get_tokenizer
 
 from vllm_spec_plugins.config import FLAG, SettingError, Settings
+from vllm_spec_plugins.depth_settings import SkipDecodeSettings
 from vllm_spec_plugins.engine import weights
-from vllm_spec_plugins.registry import Draft, Target, method_of
-from vllm_spec_plugins.settings import SkipDecodeSettings
+from vllm_spec_plugins.method import Draft, Target
+from vllm_spec_plugins.registry import method_of
 
 # Releases whose seams the hooks were written against and tested with.
 TESTED_RELEASES = ("0.32",)

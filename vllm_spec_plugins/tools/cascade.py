@@ -25,7 +25,7 @@ from rich.table import Table
 from vllm_spec_plugins import engine_args, registry
 from vllm_spec_plugins.cascade.calibration import Calibrated, calibrate
 from vllm_spec_plugins.cascade.rules import RULES, DeferralRule, deferral_rule
-from vllm_spec_plugins.settings import CascadeSettings
+from vllm_spec_plugins.depth_settings import CascadeSettings
 from vllm_spec_plugins.tools import report
 from vllm_spec_plugins.tools.load import load_prompts
 

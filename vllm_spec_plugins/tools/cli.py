@@ -23,8 +23,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="measure speed, identity, JSON answers, distribution, acceptance, arrivals; simulate cohorts",
         add_help=False,
     )
-    commands.add_parser("train", help="train Medusa heads, or a model for SkipDecode", add_help=False)
-    commands.add_parser("tune", help="find the blocks that a self-draft may skip, or a cascade's rule", add_help=False)
+    commands.add_parser(
+        "train", help="train Medusa heads, a model for SkipDecode, or gates for early exits", add_help=False
+    )
+    commands.add_parser("router", help="one server over several vLLM servers, the cheapest first", add_help=False)
+    commands.add_parser(
+        "tune",
+        help="find what a self-draft may skip, a cascade's rule, or a router's policy",
+        add_help=False,
+    )
     # The subcommands read what follows their name themselves, as `python -m` on their modules does.
     arguments = parser.parse_args(given[:1])
 
@@ -42,6 +49,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             from vllm_spec_plugins.tools.train import cli
 
             return cli.main(given[1:], prog="vllm-spec train")
+        if arguments.command == "router":
+            from vllm_spec_plugins.tools.router import cli as router
+
+            return router.main(given[1:], prog="vllm-spec router")
+        if given[:2] == ["tune", "router"]:
+            from vllm_spec_plugins.tools.router import tune as router_tune
+
+            return router_tune.main(given[2:], prog="vllm-spec tune router")
         if arguments.command == "tune":
             from vllm_spec_plugins.tools import tune
 

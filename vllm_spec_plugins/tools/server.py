@@ -188,6 +188,11 @@ class Server:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, number)
 
+    def kill(self) -> None:
+        """End every process of the server at once, as a crash would; it can be started again, at the same port."""
+        self._signal(signal.SIGKILL)
+        self.stop()
+
     def stop(self) -> None:
         """End the server in an orderly way, and whatever of it is left after `STOP` seconds by force."""
         if self._process is None:

@@ -8,7 +8,7 @@ import pytest
 from tests.unit.cascade.test_calibration import FOUND
 from vllm_spec_plugins import registry
 from vllm_spec_plugins.config import SettingError
-from vllm_spec_plugins.settings import CascadeSettings, SelfDraftSettings
+from vllm_spec_plugins.depth_settings import CascadeSettings, SelfDraftSettings
 
 SIZES = {"hidden_size": 1, "vocab_size": 5, "num_layers": 8}
 

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from vllm_spec_plugins.config import SettingError
+from vllm_spec_plugins.depth_settings import SelfDraftSettings
 from vllm_spec_plugins.layers import plan_file
 from vllm_spec_plugins.layers.plan import LayerPlan
 from vllm_spec_plugins.layers.plan_file import PlanFile
 from vllm_spec_plugins.layers.search import SkipSearch
 from vllm_spec_plugins.layers.searched import SearchedPlan
-from vllm_spec_plugins.settings import SelfDraftSettings
 
 PLAN = LayerPlan.skipping(8, attention=[2, 3], mlp=[3, 5])
 

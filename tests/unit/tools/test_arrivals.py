@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from vllm_spec_plugins.tools import arrivals, bench, speed
+from vllm_spec_plugins.tools import arrivals, bench, measurements, speed
 from vllm_spec_plugins.tools.arrivals import Held, Reply, Row
 from vllm_spec_plugins.tools.load import PROMPTS, TARGET
 from vllm_spec_plugins.tools.traces import Arrival
@@ -88,6 +88,6 @@ def test_a_plain_server_and_one_per_plugin_are_started(monkeypatch: pytest.Monke
         started.extend(c.name for c in configurations)
         raise ValueError("enough")
 
-    monkeypatch.setattr(bench, "_servers", servers)
+    monkeypatch.setattr(measurements, "_servers", servers)
     assert bench.main(["arrivals", "--plugin", "lookahead", "--plugin", "none"]) == 2
     assert started == [speed.PLAIN, "--plugin lookahead", "--plugin none"]

@@ -11,7 +11,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from vllm_spec_plugins.tools import bench, constrained, load, speed
+from vllm_spec_plugins.tools import bench, constrained, load, measurements, speed
 from vllm_spec_plugins.tools.load import Batch, Reply
 from vllm_spec_plugins.tools.server import Counters
 
@@ -92,8 +92,8 @@ def test_an_invalid_answer_is_exit_status_1(
         return servers
 
     monkeypatch.setattr(constrained, "send", fake_send)
-    monkeypatch.setattr(bench, "running", running)
-    monkeypatch.setattr(bench, "serve", serve)
+    monkeypatch.setattr(measurements, "running", running)
+    monkeypatch.setattr(measurements, "serve", serve)
     assert bench.main(["json", "--prompts", "5"]) == int(wrong)
     assert ("4 of 5" in capsys.readouterr().out) == wrong
 

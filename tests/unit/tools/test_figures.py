@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from vllm_spec_plugins.tools import bench, cli, doctor, identity, load, report, speed
+from vllm_spec_plugins.tools import bench, cli, doctor, identity, load, measurements, report, speed
 from vllm_spec_plugins.tools.load import GREEDY, SAMPLED, Batch, Reply
 from vllm_spec_plugins.tools.server import Counters
 
@@ -116,7 +116,7 @@ def test_the_bench_starts_vllms_own_methods_when_it_is_told_their_weights(monkey
         started.extend(c.name for c in configurations)
         raise ValueError("enough")
 
-    monkeypatch.setattr(bench, "_servers", servers)
+    monkeypatch.setattr(measurements, "_servers", servers)
     both = "lookahead & medusa:model=heads"
     argv = ["--plugin", both, "--vllm-medusa", "heads", "--vllm-draft", "small", "--no-ngram"]
     assert bench.main(argv) == 2

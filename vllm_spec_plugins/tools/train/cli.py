@@ -3,8 +3,9 @@
 
     vllm-spec train medusa --model MODEL --data FILE --output DIR
     vllm-spec train skipdecode --model MODEL --data FILE --speedup 2 --output DIR
+    vllm-spec train exits --model MODEL --data FILE --exits 2 4 6 --kind gate --output FILE
 
-MODEL stays as it is; what is trained goes to DIR.
+MODEL stays as it is; what is trained goes to --output.
 """
 
 from __future__ import annotations
@@ -13,17 +14,21 @@ import argparse
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from vllm_spec_plugins.layers.recorded_exits import Gate, Hash
 from vllm_spec_plugins.layers.schedule import Schedule
 from vllm_spec_plugins.tools import report
 from vllm_spec_plugins.tools.train import data, options
+from vllm_spec_plugins.tools.train import exits as recorded_exits
 from vllm_spec_plugins.tools.train.medusa import FrozenModel, Plan, Training
 from vllm_spec_plugins.tools.train.run import Checkpoint, Run, TrainError
 from vllm_spec_plugins.tools.train.skipdecode import ScheduledModel, SkipDecodePlan, SkipDecodeTraining, mean_loss
@@ -159,6 +164,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Train and report; returns the exit status."""
     out = report.console()
     try:
+        if arguments.what == "exits":
+            return _exits(arguments, out)
         if arguments.what == "skipdecode":
             options.check_skipdecode(arguments)
             if arguments.evaluate:
@@ -245,6 +252,81 @@ def evaluate(arguments: argparse.Namespace) -> tuple[str, list[float]]:
     losses = [mean_loss(base, windows, plan, prompt, arguments.batch) for plan in (None, schedule)]
     read = f"{len(windows)} windows of {arguments.length} tokens, {prompt} of them the prompt"
     return f"{arguments.model}, {describe(schedule)}; {read}", losses
+
+
+def _exits(arguments: argparse.Namespace, out: Console) -> int:
+    """Record, make the file, measure and report. Raises TrainError and DataError."""
+    options.check_exits(arguments)
+    _check_data(arguments.data)
+    device, gated = _device(arguments.device), arguments.kind == "gate"
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    checkpoint = Checkpoint(arguments.model, device, dtype, arguments.trust_remote_code)
+    model = recorded_exits.ExitModel(checkpoint, sorted(arguments.exits), arguments.model)
+    stream = data.tokens(arguments.data, checkpoint.tokenizer)
+    windows = data.spread(stream, arguments.length, arguments.windows)
+    parts = recorded_exits.split(windows, arguments.held_out)
+    learned, held_out = (len(part) for part in parts)
+    out.print(
+        f"{arguments.kind} for {arguments.model}, exits after {', '.join(map(str, model.exits))} of {model.num_layers} layers; "
+        f"{learned} windows of {arguments.length} tokens to learn from, {held_out} held out",
+        markup=False,
+        soft_wrap=True,
+    )
+    with Progress(TextColumn("{task.description}"), BarColumn(20), TimeRemainingColumn(), console=out) as progress:
+        recordings = [
+            recorded_exits.record(model, progress.track(part.split(arguments.batch), description=what), gated)
+            for part, what in zip(parts, ("learning", "held out"), strict=True)
+        ]
+    bounds = sorted({*recorded_exits.BOUNDS, arguments.bound})
+    own = {key: value for key in ("prior", "penalty") if (value := getattr(arguments, key)) is not None}
+    made: Mapping[float, Gate | Hash]
+    if gated:
+        made = recorded_exits.gates(recordings[0], bounds, **own)
+    else:
+        made = recorded_exits.tables(recordings[0], bounds, model, **own)
+    _save(made[arguments.bound], arguments.output)
+    found = recorded_exits.figures(recordings[1], made)
+    if arguments.json:
+        given = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
+        tokens = {"learned": len(recordings[0].tokens), "held_out": len(recordings[1].tokens)}
+        figures = [asdict(figure) for figure in found]
+        report.write_json(arguments.json, {"arguments": given, "tokens": tokens, "held_out": figures})
+    about = "any bound may be given in the flag" if gated else f"the table written is that of bound {arguments.bound:g}"
+    out.print(_figures(found, about))
+    number = f":{arguments.bound:g}" if gated else ""
+    for layer in model.exits:
+        policy = f"exit_layer={layer},exit={arguments.kind}:{arguments.output}{number}"
+        out.print(f"vllm serve {arguments.model} --plugin self-draft:{policy}", markup=False, soft_wrap=True)
+    return 0
+
+
+def _save(made: Gate | Hash, file: Path) -> None:
+    """Whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_name(f"{file.name}.tmp")
+    made.save(unfinished)
+    unfinished.chmod(0o644)  # safetensors makes its files private to their owner
+    unfinished.replace(file)
+
+
+def _figures(found: Sequence[recorded_exits.Figure], about: str) -> Table:
+    table = Table(title="Held-out text", caption=about)
+    for name in ("exit after", "answers that are the model's", "bound", "called good", "right of those"):
+        table.add_column(name, justify="right")
+    shown = None
+    for figure in found:
+        first = figure.exit != shown
+        if first:
+            table.add_section()
+        table.add_row(
+            str(figure.exit) if first else "",
+            f"{figure.agreement:.3f}" if first else "",
+            f"{figure.bound:g}",
+            f"{figure.good:.3f}",
+            "" if figure.right is None else f"{figure.right:.3f}",
+        )
+        shown = figure.exit
+    return table
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m vllm_spec_plugins.tools.train.cli") -> int:

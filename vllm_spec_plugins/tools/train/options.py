@@ -10,8 +10,8 @@ from dataclasses import fields
 from pathlib import Path
 
 from vllm_spec_plugins.config import FLAG, SettingError
+from vllm_spec_plugins.depth_settings import SkipDecodeSettings
 from vllm_spec_plugins.layers.schedule import Schedule
-from vllm_spec_plugins.settings import SkipDecodeSettings
 from vllm_spec_plugins.tools.train.run import TrainError
 
 MEDUSA = """Heads for a model, trained on text of your own. MODEL stays as it is. DIR then serves:
@@ -26,6 +26,14 @@ SKIPDECODE = """A model fine-tuned for a SkipDecode schedule: later tokens of an
 MODEL stays as it is; DIR becomes a checkpoint like it, with the schedule in skipdecode.json. It then serves with that schedule:
 
     vllm serve DIR --plugin skipdecode:speedup=2
+"""
+EXITS = """A gate or a table that says behind which tokens a shallow answer is the model's own, for exits after some layers.
+
+    vllm-spec train exits --model MODEL --data FILE --exits 2 4 6 --kind gate --output GATE
+
+MODEL stays as it is. GATE then stops drafts:
+
+    vllm serve MODEL --plugin self-draft:exit_layer=4,exit=gate:GATE:0.8
 """
 SCHEDULE_KEYS = ("speedup", "max_layers", "min_layers", "warmup", "max_tokens", "levels")
 RUN_ONLY = ("output", "resume", "tokens", "lr", "lr_warmup", "seed", "loss", "anneal", "save_every")  # not --evaluate's
@@ -53,6 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _add_medusa(medusa)
     _add_skipdecode(skipdecode)
+    exits = commands.add_parser("exits", help="a gate or a table for drafts", description=EXITS, formatter_class=style)
+    _add_exits(exits)
 
 
 def _add_medusa(parser: argparse.ArgumentParser) -> None:
@@ -123,6 +133,63 @@ def _add_skipdecode(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_exits(parser: argparse.ArgumentParser) -> None:
+    _add_input(parser)
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="where gate or table goes")
+    parser.add_argument(
+        "--exits",
+        type=_within(int, 1, 1024),
+        nargs="+",
+        required=True,
+        metavar="N",
+        help="layers behind which there is an exit; self-draft's exit_layer is one of them",
+    )
+    parser.add_argument(
+        "--kind",
+        choices=["gate", "hash"],
+        required=True,
+        help="gate: logistic, on the hidden state; hash: a table by the token that goes in",
+    )
+    parser.add_argument(
+        "--bound",
+        type=_within(float, 0, 1),
+        default=0.8,
+        metavar="X",
+        help="least share or chance of agreement with the whole model: fixed in a table, the flag's for a gate "
+        "(%(default)s)",
+    )
+    parser.add_argument(
+        "--prior",
+        type=_within(float, 0, 1e6),
+        metavar="X",
+        help="hash: a token's share counts for as much as so many of its places at the exit's own share (8)",
+    )
+    parser.add_argument(
+        "--penalty",
+        type=_within(float, 0, 1e3),
+        metavar="X",
+        help="gate: times half the squared length of the weights, added to the mean loss (0.001)",
+    )
+    parser.add_argument(
+        "--windows", type=_within(int, 2, 10**6), default=256, metavar="N", help="windows read (%(default)s)"
+    )
+    parser.add_argument(
+        "--length", type=_within(int, 3, 1 << 20), default=512, metavar="N", help="tokens a window (%(default)s)"
+    )
+    parser.add_argument(
+        "--held-out",
+        type=_within(float, 0.01, 0.9),
+        default=0.1,
+        metavar="X",
+        help="share of the windows, the last ones, that is measured on and not learned from (%(default)s)",
+    )
+    parser.add_argument(
+        "--batch", type=_within(int, 1, 4096), default=8, metavar="N", help="windows at a time (%(default)s)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write figures, machine and versions there")
+    _add_device(parser)
+
+
 def _prompt(value: str) -> tuple[int, int]:
     """An argument's type: N, or N-N."""
     least, dash, most = value.partition("-")
@@ -168,11 +235,15 @@ def _add_run(parser: argparse.ArgumentParser, rate: float, warmup: str) -> None:
         help="share of the run in which the learning rate rises (%(default)s)",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the windows' order (%(default)s)")
-    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 ... (cuda where there is one)")
     parser.add_argument(
         "--save-every", type=_within(float, 0, 1e6), default=300, metavar="SECONDS", help="(%(default)s)"
     )
     parser.add_argument("--resume", action="store_true", help="go on with the run that was interrupted in --output")
+    _add_device(parser)
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 ... (cuda where there is one)")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
 
 
@@ -219,3 +290,19 @@ def check_skipdecode(arguments: argparse.Namespace) -> None:
             f"--length {arguments.length}: leaves no answer behind a prompt of {prompt} tokens; use at least {prompt + 2}, or a "
             f"shorter --prompt"
         )
+
+
+def check_exits(arguments: argparse.Namespace) -> None:
+    """Raises TrainError where options do not go together, or the file could not be named in a flag."""
+    exits, output = arguments.exits, arguments.output
+    if twice := [layer for layer in exits if exits.count(layer) > 1]:
+        raise TrainError(f"--exits {twice[0]}: is given {exits.count(twice[0])} times; give it once")
+    for key, kind in (("prior", "hash"), ("penalty", "gate")):
+        if getattr(arguments, key) is not None and arguments.kind != kind:
+            raise TrainError(f"--{key}: goes with --kind {kind}, and this is {arguments.kind}; leave it out")
+    if "," in str(output) or " & " in str(output):
+        raise TrainError(
+            f"--output {output}: cannot be named in a --plugin flag, where ',' and ' & ' part settings; choose another name"
+        )
+    if output.exists():
+        raise TrainError(f"--output {output}: is there already; choose another name")
