@@ -143,22 +143,22 @@ def test_top_0_is_greedy_decoding_and_what_it_keeps_beyond_is_lossy(
 
 
 def test_lossy_tokens_are_counted_and_said_and_bring_tokens_per_step(
-    plain: Any, difference: Any, prompts: list[list[int]]
+    plain: Any, confidence: Any, prompts: list[list[int]]
 ) -> None:
     """What is counted is what the full model would not have chosen, read off the text itself."""
-    lossy(difference)
+    lossy(confidence)
     texts, slow, fast = [], 0.0, 0.0
     for prompt in prompts[:5]:
-        text, speed = generate(difference, [prompt], [asked(threshold=0.5)])
-        texts.append(emitted(difference, prompt + text[0])[len(prompt) :])
+        text, speed = generate(confidence, [prompt], [asked(threshold=0.2)])
+        texts.append(emitted(confidence, prompt + text[0])[len(prompt) :])
         fast += speed
-        slow += generate(difference, [prompt], [asked("full")])[1]
-    assert lossy(difference) == sum(disagreement(plain, prompts[:5], texts)) > 0
+        slow += generate(confidence, [prompt], [asked("full")])[1]
+    assert lossy(confidence) == sum(disagreement(plain, prompts[:5], texts)) > 0
     print(fast / 5, slow / 5)
     assert fast > 1.2 * slow
-    sentences = [line for line in difference.logged if "lossy" in line]
+    sentences = [line for line in confidence.logged if "lossy" in line]
     assert sentences == [
-        "--plugin cascade: rule=difference:0.2 is lossy: text is not plain decoding's, of greedy requests neither"
+        "--plugin cascade: rule=confidence:0.5 is lossy: text is not plain decoding's, of greedy requests neither"
     ]
 
 
@@ -241,9 +241,9 @@ def test_a_grammar_is_kept_whatever_the_cheap_stage_says(confidence: Any, prompt
 
 
 def test_cheap_stretches_leave_room_in_steps_that_serve_a_full_request(
-    difference: Any, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+    confidence: Any, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scheduler, steps = difference.llm_engine.engine_core.engine_core.scheduler, []
+    scheduler, steps = confidence.llm_engine.engine_core.engine_core.scheduler, []
     schedule = scheduler.schedule
 
     def recorded(*args: Any, **kwargs: Any) -> Any:
@@ -258,8 +258,8 @@ def test_cheap_stretches_leave_room_in_steps_that_serve_a_full_request(
 
     monkeypatch.setattr(scheduler, "_spec_cascade", replace(scheduler._spec_cascade, cheap_nodes=7))
     monkeypatch.setattr(scheduler, "schedule", recorded)
-    sampling = [asked("full", max_tokens=16), *[asked("cheap")] * 3]
-    generate(difference, prompts[:4], sampling)
+    sampling = [asked("full", max_tokens=16), *[asked("cheap", 0.0)] * 3]
+    generate(confidence, prompts[:4], sampling)
     beside = [nodes for full, nodes in steps if full]
     alone = [nodes for full, nodes in steps if not full]
     assert max(beside) == 6  # two nodes for each of three
