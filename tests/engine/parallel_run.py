@@ -28,7 +28,7 @@ def main() -> None:
         for i in range(len(prompts))
     ]
     found = {}
-    plugins = {"none": "none", "mixture": f"lookahead & medusa:model={MODELS / 'medusa'}"}
+    plugins = {"none": "none", "mixture": f"lookahead & medusa:model={MODELS / 'medusa'} & self-draft:exit_layer=2"}
     for name, plugin in plugins.items():
         llm = LLM(
             str(MODELS / "target"),
