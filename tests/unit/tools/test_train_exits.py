@@ -152,7 +152,9 @@ def test_figures_are_shares_of_the_rows(rng: torch.Generator) -> None:
         for figure, rows in ((by_token, early), (by_gate, sure)):
             assert figure.agreement == pytest.approx(agreed[:, e].sum().item() / count)
             assert figure.good == pytest.approx(len(rows) / count)
-            assert figure.right == pytest.approx(sum(bool(agreed[i, e]) for i in rows) / len(rows))
+            # Drawn tables may let no row stop: one in thirty does at the first exit.
+            right = pytest.approx(sum(bool(agreed[i, e]) for i in rows) / len(rows)) if rows else None
+            assert figure.right == right
         assert (none.good, none.right) == (0.0, None)
 
 
