@@ -59,8 +59,11 @@ def run(search: SkipSearch, agreement: Callable[[np.ndarray], np.ndarray]) -> fl
 
 
 def test_it_finds_a_set_near_the_best_of_thousands_and_a_better_one_than_chance(rng: torch.Generator) -> None:
+    """Of 150 searches the worst reached 0.90 of the best set's value, the mean 0.997 (deviation 0.011); the mean lead over as
+    many sets drawn by chance was 0.08 (0.06). The bounds are four deviations and more away from those.
+    """
     found, chance, best = [], [], []
-    for _ in range(6):
+    for _ in range(12):
         seed = seed_of(rng)
         agreement = agreement_of(LAYERS, seed)
         search = SkipSearch(LAYERS, rounds=60, patience=60, depth=DEPTH, seed=seed)
@@ -74,8 +77,8 @@ def test_it_finds_a_set_near_the_best_of_thousands_and_a_better_one_than_chance(
         chance.append(max(values[chosen].max(), at_exits))
     assert len(every) > 2000
     reached = np.array(found) / best
-    assert reached.mean() > 0.97 and reached.min() > 0.9, (found, best)
-    assert np.mean(found) > np.mean(chance) + 0.02, (found, chance)
+    assert reached.mean() > 0.97 and reached.min() > 0.75, (found, best)
+    assert np.mean(found) > np.mean(chance) + 0.01, (found, chance)
 
 
 def test_it_finds_a_good_set_from_scores_of_short_texts_of_different_difficulty(rng: torch.Generator) -> None:
