@@ -86,6 +86,10 @@ class SpecInferProposer:
         grow = self._grow_looped if loops_for(ctx.slots) else self._grow
         return grow(ctx, self.draft, ctx.likeliest, budget, least)
 
+    def _weighs(self, draft: DraftModel) -> bool:
+        """Whether a level that is hardly ever reached is left out: a draft that costs nothing runs them all."""
+        return not self.fixed and draft.cost > 0.0
+
     def _grow(self, ctx: StepContext, draft: DraftModel, likeliest: Likeliest, budget: int, least: float) -> TokenTree:
         """In tensors, level by level; which rows there are to run is asked of the device."""
         batch, device = len(ctx.slots), ctx.slots.device
@@ -102,7 +106,7 @@ class SpecInferProposer:
         for level in range(1, self.max_depth):
             best, index = chances[:, start:].topk(min(self.expanded[level], chances.shape[1] - start), 1)
             wanted = (best >= least) & (best > 0)
-            if not self.fixed and float((best * wanted).sum()) < LEVEL * draft.cost * batch:
+            if self._weighs(draft) and float((best * wanted).sum()) < LEVEL * draft.cost * batch:
                 break
             row = drafted.tokens.shape[1] + 1 + torch.arange(best.shape[1], device=device)
             token = tokens[:, start:].gather(1, index).masked_fill(~wanted, -1)
@@ -160,9 +164,12 @@ class SpecInferProposer:
                     candidate,
                     rows,
                 )
-                reached = chances[request, candidate[request, row - 1]].sum()
-                if not len(request) or (not self.fixed and reached < LEVEL * draft.cost * batch):
+                if not len(request):
                     break
+                if self._weighs(draft):
+                    reached = chances[request, candidate[request, row - 1]].sum()
+                    if reached < LEVEL * draft.cost * batch:
+                        break
                 width = int(rows.max())
                 tree = TokenTree(
                     torch.from_numpy(drafted[:, :width].copy()), torch.from_numpy(parents[:, :width].copy())
