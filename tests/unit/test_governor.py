@@ -80,7 +80,7 @@ def test_drafts_that_pay_are_verified(rng: random.Random) -> None:
 def test_drafts_that_do_not_pay_are_left_out(rng: random.Random, row: float, drafting: float, chance: float) -> None:
     speed, drafted = serve(Governor(), Machine(4e-3, row, drafting, rng), [chance] * 4, promised=2.0, nodes=8)
     assert max(drafted) < 0.15
-    assert speed > 0.93  # the looks at what was declined cost something
+    assert speed > 0.96  # the looks at what was declined cost something
 
 
 @pytest.mark.parametrize("chance", [0.05, 0.3])
@@ -89,7 +89,7 @@ def test_a_dear_proposer_is_asked_rarely_when_it_does_not_pay(rng: random.Random
     machine = Machine(4e-3, 5e-5, 1e-4, rng, proposing=2.4e-3)
     speed, drafted = serve(Governor(), machine, [chance], promised=0.5, nodes=4, steps=1200)
     assert max(drafted) < 0.15
-    assert speed > 0.93
+    assert speed > 0.96
 
 
 def test_a_dear_proposer_that_pays_is_asked_always(rng: random.Random) -> None:

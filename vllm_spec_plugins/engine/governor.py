@@ -45,7 +45,7 @@ class StepCost:
         self.covariance = [[(i == j) * s * s for j in range(4)] for i, s in enumerate(deviations)]
 
     def observe(self, rows: int, drafted: bool, asked: bool, seconds: float) -> None:
-        """Learn from one step. A time far from the expected one (a pause of the process) counts as less far."""
+        """Learn from one step. A time far from the expected one (a pause of the process) counts as less far, and as less sure."""
         if len(self.first) < self.FIRST:
             self.first.append(seconds)
             self.unit = median(self.first)
@@ -53,13 +53,15 @@ class StepCost:
         seen = (1.0, float(rows), float(drafted), float(asked))
         expected = self._of(seen)
         deviation = self.NOISE * max(expected, 1e-3)
-        surprise = min(max(seconds / self.unit - expected, -3 * deviation), 3 * deviation)
+        surprise = seconds / self.unit - expected
+        far = max(1.0, abs(surprise) / (3 * deviation))
+        surprise = min(max(surprise, -3 * deviation), 3 * deviation)
         self.last = surprise / deviation
         self.surprise += 0.15 * (self.last - self.surprise)
         drift = self.CHANGED if self.surprised else 1.0
         # Plain floats: a matrix this small costs NumPy 40 us, which is 1% of a tiny model's step.
         spread = [row[0] + row[1] * seen[1] + row[2] * seen[2] + row[3] * seen[3] for row in self.covariance]
-        total = spread[0] + spread[1] * seen[1] + spread[2] * seen[2] + spread[3] * seen[3] + deviation * deviation
+        total = spread[0] + spread[1] * seen[1] + spread[2] * seen[2] + spread[3] * seen[3] + (far * deviation) ** 2
         for i in range(4):
             weight = spread[i] / total
             self.state[i] += weight * surprise
@@ -123,7 +125,7 @@ class Governor:
     """
 
     SOONEST, RAREST = 16, 512  # steps between two looks at the other side
-    FADING = 0.1  # share of the newest tree in what trees have been worth lately
+    FADING, SELDOM = 0.1, 0.3  # share of the newest tree in what trees have been worth lately; where few are asked for
     # While that is less than finding them costs, they are looked for in so few steps that it takes SHARE of the time: in
     # every second one at the most, in every 64th at the least.
     SHARE = 0.01
@@ -137,7 +139,8 @@ class Governor:
         self.paying = True
         self.steps, self.interval, self.looks, self.looking = 0, self.SOONEST, 0, False
         self.value = 1.0  # tokens that a step's trees bring beyond what verifying them costs
-        self.asked, self.since, self.pause = True, 0, self.SOONEST
+        self.asked, self.since, self.pause, self.pausing = True, 0, self.SOONEST, False
+        self.steady = True  # trees are asked for step by step
 
     def asks(self, batch: int) -> bool:
         """Whether trees are to be proposed at the end of the next step, of `batch` requests: it takes time too.
@@ -146,16 +149,26 @@ class Governor:
         """
         plain = self.cost.plain(batch)
         self.since += 1
-        if self.value > self.cost.proposing * batch / plain:
-            self.asked = self.since < self.pause
-            if not self.asked:
+        net = self.value - self.cost.proposing * batch / plain
+        if net > 0:
+            self.steady = True
+            self.asked = self.since < min(self.pause, self._rarest(net, batch))
+            self.pausing = not self.asked
+            if self.pausing:
                 self.since, self.pause = 0, min(2 * self.pause, self.RAREST)
         else:
+            self.steady = False
             shortest, longest = self.NAPS
             self.asked = self.since >= max(shortest, min(longest, round(self.cost.proposing / (self.SHARE * plain))))
             if self.asked:
                 self.since = 0
         return self.asked
+
+    def _rarest(self, lost: float, batch: int) -> int:
+        """Steps between two looks at the other side that each lose `lost` tokens, for all looks to cost SHARE: a decision that
+        brings little is cheap to check, and the likeliest to be wrong.
+        """
+        return max(self.SOONEST, min(self.RAREST, round(lost / (self.SHARE * batch))))
 
     def choose(self, batch: int, drafts: Sequence[Draft]) -> set[str]:
         """The requests whose drafts are to be verified in the next step of `batch` requests."""
@@ -175,7 +188,8 @@ class Governor:
         paying = together > 0
         self._worth(max(together, 0.0))
         chosen = [draft for draft in drafts if paying and worth[draft.request] > 0]
-        if self._look(paying):
+        lost = together if paying else self.cost.drafting * speed - max(worth.values())
+        if self._look(paying, lost, batch):
             # Without drafts, or with the best one alone: that tells the price of a row from the price of drafting.
             alone = not paying or (self.looks % 2 == 0 and len(chosen) > 1)
             chosen = [max(drafts, key=lambda draft: worth[draft.request])] if alone else []
@@ -184,14 +198,14 @@ class Governor:
 
     def _worth(self, tokens: float) -> None:
         if self.asked:
-            self.value += self.FADING * (tokens - self.value)
+            self.value += (self.FADING if self.steady else self.SELDOM) * (tokens - self.value)
 
-    def _look(self, paying: bool) -> bool:
-        """Whether this step is to go against the decision."""
+    def _look(self, paying: bool, lost: float, batch: int) -> bool:
+        """Whether this step is to go against the decision, which would lose `lost` tokens if that is right."""
         if paying != self.paying or (self.cost.surprised and self.interval > self.SOONEST):
             self.paying, self.steps, self.interval = paying, 0, self.SOONEST
         self.steps += 1
-        self.looking = self.steps >= self.interval
+        self.looking = self.steps >= min(self.interval * max(1.0, lost / batch), self._rarest(lost, batch))
         if not self.looking:
             return False
         self.steps, self.interval, self.looks = 0, min(2 * self.interval, self.RAREST), self.looks + 1
@@ -200,9 +214,12 @@ class Governor:
     def observe(self, batch: int, nodes: int, seconds: float) -> None:
         """A step that only decoded: `batch` requests, `nodes` draft nodes among its rows."""
         self.cost.observe(batch + nodes, nodes > 0, self.asked, seconds)
-        if self.looking and abs(self.cost.last) > 2:
-            self.interval = self.SOONEST
-        self.looking = False
+        if abs(self.cost.last) > 2:
+            if self.looking:
+                self.interval = self.SOONEST
+            if self.pausing:
+                self.pause = self.SOONEST
+        self.looking = self.pausing = False
 
     def accepted(self, request: str, count: int) -> None:
         """The outcome of a draft that was chosen."""
