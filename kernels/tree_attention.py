@@ -266,46 +266,51 @@ class Tile:
     per_sm: int
 
 
-# By bytes of a query's element and padded head size, ascending. Chosen from what the compiler says (registers, KiB of
-# shared memory on 9.0 | 8.0, no spills on either, Triton 3.9), to be measured. Up to 64 pairs memory is what limits:
-# several programs fit a multiprocessor, and five stages keep two tiles of each under way (block numbers take a stage of
-# their own). From 128 pairs of 16 bits on, an H200's tensor cores are busy longer than its memory.
+# By bytes of a query's element and padded head size, ascending. Chosen from what the compiler says (Triton 3.9: registers,
+# KiB of shared memory on 9.0 | 8.0; none spills); to be measured. Keys and values cost a product of `pairs` operations
+# per byte, and an H200 does about 190 while it moves one: below, programs side by side and five stages (which keep two
+# tiles under way, since block numbers take a stage of their own) are to hide memory's latency; above, tensor cores limit.
 _TILES = {
     (2, 64): (
-        Tile(16, 64, 4, 5, 4),  # 118, 37 | 94, 37
-        Tile(32, 64, 4, 5, 3),  # 156, 41 | 154, 41
-        Tile(64, 64, 4, 5, 3),  # 168, 58 | 200, 42
-        Tile(128, 64, 8, 5, 1),  # 170, 68 | 190, 52
+        Tile(16, 64, 4, 5, 4),  # 122, 38 | 96, 37
+        Tile(32, 64, 4, 5, 3),  # 156, 42 | 154, 42
+        Tile(64, 64, 4, 5, 3),  # 156, 60 | 200, 42
+        Tile(128, 64, 8, 5, 1),  # 180, 70 | 194, 52
     ),
     (2, 128): (
-        Tile(16, 64, 4, 5, 3),  # 164, 71 | 128, 71
-        Tile(32, 64, 4, 5, 2),  # 206, 78 | 210, 78
+        Tile(16, 64, 4, 5, 3),  # 162, 72 | 168, 71
+        Tile(32, 64, 4, 5, 2),  # 202, 78 | 204, 78
         Tile(64, 32, 8, 5, 2),  # 118, 66 | 178, 54
-        Tile(128, 32, 8, 5, 1),  # 184, 84 | 192, 68
+        Tile(128, 32, 8, 5, 1),  # 184, 84 | 186, 68
     ),
     (2, 256): (
-        Tile(16, 32, 4, 5, 2),  # 196, 74 | 166, 74
-        Tile(32, 32, 8, 5, 1),  # 158, 83 | 154, 83
-        Tile(64, 32, 8, 3, 1),  #
+        Tile(16, 32, 4, 5, 2),  # 194, 75 | 168, 74
+        Tile(32, 32, 8, 5, 1),  # 160, 84 | 162, 83
+        Tile(64, 32, 8, 3, 1),  # 188, 98 | 188, 69
     ),
     # No tensor cores: exact products, as the fp32 tests of models want them.
-    (4, 64): (
-        Tile(16, 32, 8, 3, 3),  # 68, 22 | 68, 22
-        Tile(32, 32, 4, 3, 4),  # 116, 29 | 116, 29
-    ),
-    (4, 128): (Tile(16, 32, 4, 3, 4),),  # 118, 42 | 122, 42
-    (4, 256): (Tile(16, 32, 8, 3, 2),),  # 116, 82 | 118, 82
+    (4, 64): (Tile(16, 32, 8, 3, 3),),  # 70, 23 | 68, 22
+    (4, 128): (Tile(16, 32, 8, 3, 3),),  # 80, 43 | 64, 42
+    (4, 256): (Tile(16, 32, 8, 3, 2),),  # 120, 83 | 124, 82
 }
-# On 9.0, whose products of 64 pairs or more read shared memory, wider steps fit: 238, 82 and 220, 98.
-_TILES_90 = {(2, 128, 64): Tile(64, 64, 4, 3, 2), (2, 128, 128): Tile(128, 64, 8, 3, 1)}
+# On 9.0 alone, which has the registers and the shared memory for wider steps of its asynchronous products.
+_TILES_90 = {
+    (2, 128, 64): Tile(64, 64, 4, 3, 2),  # 240, 83
+    (2, 128, 128): Tile(128, 64, 8, 5, 1),  # 220, 132
+}
 
 
 def tile_for(dtype: torch.dtype, dim: int, pairs: int, capability: int = 90) -> Tile:
-    """The smallest tile that holds `pairs`, all pairs of a request that share keys and values; else the largest."""
+    """For requests of up to `pairs` pairs for each K/V head: the smallest tile that holds all of them.
+
+    Else the largest, so that keys and values are fetched few times; or the next, if more than a third would be padding.
+    """
     size = max(triton.next_power_of_2(dim), 64)
     tiles = _TILES[dtype.itemsize, size]
     tile = next((tile for tile in tiles if tile.pairs >= pairs), tiles[-1])
-    return _TILES_90.get((dtype.itemsize, size, tile.pairs), tile) if capability >= 90 else tile
+    if 2 * tile.pairs * triton.cdiv(pairs, tile.pairs) > 3 * pairs > 3 * tile.pairs:
+        tile = tiles[max(len(tiles) - 2, 0)]
+    return _TILES_90.get((dtype.itemsize, size, tile.pairs), tile) if capability == 90 else tile
 
 
 # More parts of one context than this bring nothing: the merge would cost more than they save.
@@ -352,7 +357,13 @@ class Scratch:
 
 
 def traffic(
-    tokens: int, rows: int, heads: int, groups: int, dim: int, dtype: torch.dtype, cache_dtype: torch.dtype | None = None
+    tokens: int,
+    rows: int,
+    heads: int,
+    groups: int,
+    dim: int,
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype | None = None,
 ) -> int:
     """Bytes that must move: keys and values of `tokens` (of all requests, inside their window) once per K/V head, and
     queries and outputs of `rows` (of all requests)."""
