@@ -267,9 +267,10 @@ class Tile:
 
 
 # By bytes of a query's element and padded head size, ascending. Chosen from what the compiler says (Triton 3.9: registers,
-# KiB of shared memory on 9.0 | 8.0; none spills); to be measured. Keys and values cost a product of `pairs` operations
-# per byte, and an H200 does about 190 while it moves one: below, programs side by side and five stages (which keep two
-# tiles under way, since block numbers take a stage of their own) are to hide memory's latency; above, tensor cores limit.
+# KiB of shared memory on 9.0 | 8.0; no spills, but for 8 bytes with an 8-bit cache on 8.0), speed is to be measured.
+# A byte of 16-bit keys and values costs `pairs` operations, and an H200 does about 190 while it moves one (790 TFLOP/s,
+# 4.3 TB/s). Below that programs side by side and five stages, which keep two tiles under way (block numbers take a stage of
+# their own), are there to hide memory's latency; above it tensor cores are the limit, whatever is done for memory.
 _TILES = {
     (2, 64): (
         Tile(16, 64, 4, 5, 4),  # 122, 38 | 96, 37
@@ -288,7 +289,7 @@ _TILES = {
         Tile(32, 32, 8, 5, 1),  # 160, 84 | 162, 83
         Tile(64, 32, 8, 3, 1),  # 188, 98 | 188, 69
     ),
-    # No tensor cores: exact products, as the fp32 tests of models want them.
+    # Exact products of float32 know no tensor cores.
     (4, 64): (Tile(16, 32, 8, 3, 3),),  # 70, 23 | 68, 22
     (4, 128): (Tile(16, 32, 8, 3, 3),),  # 80, 43 | 64, 42
     (4, 256): (Tile(16, 32, 8, 3, 2),),  # 120, 83 | 124, 82
@@ -296,7 +297,7 @@ _TILES = {
 # On 9.0 alone, which has the registers and the shared memory for wider steps of its asynchronous products.
 _TILES_90 = {
     (2, 128, 64): Tile(64, 64, 4, 3, 2),  # 240, 83
-    (2, 128, 128): Tile(128, 64, 8, 5, 1),  # 220, 132
+    (2, 128, 128): Tile(128, 64, 8, 5, 1),  # 218, 133
 }
 
 
@@ -313,7 +314,7 @@ def tile_for(dtype: torch.dtype, dim: int, pairs: int, capability: int = 90) -> 
     return _TILES_90.get((dtype.itemsize, size, tile.pairs), tile) if capability == 90 else tile
 
 
-# More parts of one context than this bring nothing: the merge would cost more than they save.
+# The merge grows with the number of parts. To be measured.
 MOST_SPLITS = 32
 
 
