@@ -1,5 +1,5 @@
 # Every target does its own set-up; any of them can be run again, also after an interruption.
-.PHONY: help setup lint test unit engine serve demo bench clean
+.PHONY: help setup lint test unit kernels engine serve demo bench clean
 
 PY := .venv/bin/python
 STEP = @printf '\n== %s\n'
@@ -7,7 +7,7 @@ STEP = @printf '\n== %s\n'
 help:
 	@echo "make setup   .venv with vLLM for the CPU, the tools and this project"
 	@echo "make demo    plain vLLM and the plugin on the same prompts, side by side"
-	@echo "make test    lint, types and every test          make unit | engine | serve   one suite"
+	@echo "make test    lint, types and every test          make unit | kernels | engine | serve   one suite"
 	@echo "make bench   the measurements of docs/benchmarks.md"
 
 setup:
@@ -24,6 +24,11 @@ unit engine: setup
 	$(STEP) "tests/$@"
 	@$(PY) -m pytest tests/$@ --durations=8 -n 2 --dist loadfile
 
+# Triton reads the switch when it is imported; with it, kernels run on the CPU, slowly.
+kernels: setup
+	$(STEP) "tests/$@"
+	@TRITON_INTERPRET=1 $(PY) -m pytest tests/$@ --durations=8 -n 2 --dist loadfile
+
 serve: setup
 	$(STEP) "tests/$@"
 	@$(PY) -m pytest tests/$@ --durations=5
@@ -31,6 +36,7 @@ serve: setup
 # One process per suite: an engine leaves state in its process (backends, plugins) that the next suite must not see.
 test: lint
 	@$(MAKE) --no-print-directory unit
+	@$(MAKE) --no-print-directory kernels
 	@$(MAKE) --no-print-directory engine
 	@$(MAKE) --no-print-directory serve
 
