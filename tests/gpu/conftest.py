@@ -46,8 +46,9 @@ def engine() -> Callable[..., Any]:
     made: dict[str, Any] = {}
 
     def make(*plugins: str, **settings: Any) -> Any:
-        import vllm_spec_plugins
         from vllm import LLM
+
+        import vllm_spec_plugins
 
         key = repr((plugins, sorted(settings.items())))
         if key not in made:
