@@ -21,8 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MOST_CHILDREN = 16
-BLOCK_VOCAB = 1024
+# Two blocks' keys must fit one block of a merge: 2 MOST_CHILDREN <= BLOCK_PARTIAL, or merging makes no headway.
+MOST_CHILDREN = 128
+BLOCK_VOCAB, BLOCK_PARTIAL = 1024, 4096
 
 
 def coupled_topk_reference(
@@ -148,7 +149,7 @@ def block_topk_kernel(
     least = -0x8000000000000000
     keys = tl.where(exists, _sortable(value, token), least)
     partial_ptr += (line * tl.num_programs(1) + block) * COUNT
-    for place in tl.static_range(COUNT):
+    for place in range(COUNT):
         best = tl.max(keys, axis=0)
         tl.store(partial_ptr + place, best)
         keys = tl.where(keys == best, least, keys)
@@ -159,30 +160,41 @@ def merge_topk_kernel(
     partial_ptr,
     temperature_ptr,
     rows_ptr,
+    merged_ptr,
     tokens_ptr,
     scores_ptr,
     num_partial,
     COUNT: tl.constexpr,
     HAS_ROWS: tl.constexpr,
+    LAST: tl.constexpr,
     BLOCK_PARTIAL: tl.constexpr,
 ):
-    """The COUNT largest of partial [n, num_partial], as tokens and scores [n, COUNT]."""
+    """The COUNT largest of each block of partial [n, num_partial], into merged [n, blocks, COUNT]; of the LAST block of each
+    row, which is its only one, as tokens and scores [n, COUNT].
+    """
     line = tl.program_id(0).to(tl.int64)
-    request = line
-    if HAS_ROWS:
-        request = tl.load(rows_ptr + line).to(tl.int64)
-    temperature = tl.load(temperature_ptr + request)
-    scale = tl.where(temperature > 0.0, temperature, 1.0)
     least = -0x8000000000000000
-    at = tl.arange(0, BLOCK_PARTIAL)
+    at = tl.program_id(1) * BLOCK_PARTIAL + tl.arange(0, BLOCK_PARTIAL)
     keys = tl.load(partial_ptr + line * num_partial + at, mask=at < num_partial, other=least)
-    for place in tl.static_range(COUNT):
-        best = tl.max(keys, axis=0)
-        keys = tl.where(keys == best, least, keys)
-        bits = (best >> 32).to(tl.int32)
-        value = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.float32, bitcast=True)
-        tl.store(tokens_ptr + line * COUNT + place, 0x7FFFFFFF - (best & 0x7FFFFFFF))
-        tl.store(scores_ptr + line * COUNT + place, value * scale)
+    if LAST:
+        request = line
+        if HAS_ROWS:
+            request = tl.load(rows_ptr + line).to(tl.int64)
+        temperature = tl.load(temperature_ptr + request)
+        scale = tl.where(temperature > 0.0, temperature, 1.0)
+        for place in range(COUNT):
+            best = tl.max(keys, axis=0)
+            keys = tl.where(keys == best, least, keys)
+            bits = (best >> 32).to(tl.int32)
+            value = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.float32, bitcast=True)
+            tl.store(tokens_ptr + line * COUNT + place, 0x7FFFFFFF - (best & 0x7FFFFFFF))
+            tl.store(scores_ptr + line * COUNT + place, value * scale)
+    else:
+        merged_ptr += (line * tl.num_programs(1) + tl.program_id(1)) * COUNT
+        for place in range(COUNT):
+            best = tl.max(keys, axis=0)
+            keys = tl.where(keys == best, least, keys)
+            tl.store(merged_ptr + place, best)
 
 
 def coupled_topk(
@@ -205,7 +217,7 @@ def coupled_topk(
         temperature: [n] float32; 0 = greedy: no noise and no division.
         seeds: [n] int64, of the requests.
         position: [n] int64, of the row that will draw the token: with the seed it names the noise.
-        count: K <= 16, K <= V.
+        count: K <= 128, K <= V.
         rows: [n] int32 or int64, each line's index into `temperature` and `seeds`, which are then [R]; None = line i has entry i.
         scaled: `logits` are divided by the temperature already.
         coupled: with noise; else the likeliest.
@@ -253,16 +265,26 @@ def coupled_topk(
             BLOCK_VOCAB=BLOCK_VOCAB,
             num_warps=4,
         )
-        merge_topk_kernel[(n,)](
-            partial,
-            temperature,
-            rows,
-            tokens,
-            scores,
-            blocks * count,
-            COUNT=count,
-            HAS_ROWS=rows is not None,
-            BLOCK_PARTIAL=triton.next_power_of_2(blocks * count),
-            num_warps=4,
-        )
+        # Once, unless many children of a large vocabulary are more than a block of keys.
+        while True:
+            num_partial, blocks = blocks * count, triton.cdiv(blocks * count, BLOCK_PARTIAL)
+            last = blocks == 1
+            merged = None if last else torch.empty(n, blocks, count, dtype=torch.int64, device=logits.device)
+            merge_topk_kernel[(n, blocks)](
+                partial,
+                temperature,
+                rows,
+                merged,
+                tokens if last else None,
+                scores if last else None,
+                num_partial,
+                COUNT=count,
+                HAS_ROWS=rows is not None,
+                LAST=last,
+                BLOCK_PARTIAL=min(BLOCK_PARTIAL, triton.next_power_of_2(num_partial)),
+                num_warps=4,
+            )
+            if merged is None:
+                break
+            partial = merged
     return tokens, scores

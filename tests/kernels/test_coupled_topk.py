@@ -80,6 +80,22 @@ def test_random_rows_are_ranked_as_the_reference_ranks_them(
         assert torch.equal(tokens[exact], expected[0][exact])
 
 
+@pytest.mark.parametrize(("count", "vocab_size", "block"), [(20, 200, 64), (70, 250, 256)])
+def test_more_children_than_fit_one_merge_are_merged_in_several(
+    count: int, vocab_size: int, block: int, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "BLOCK_VOCAB", 64)
+    monkeypatch.setattr(module, "BLOCK_PARTIAL", block)
+    logits = random_logits(2, vocab_size, torch.float32, rng)
+    heat, seeds, position = requests(2, rng)
+    heat[0] = 0.8
+    got = coupled_topk(logits, heat, seeds, position, count)
+    assert agree(got, coupled_topk_reference(logits, heat, seeds, position, count))
+    got = coupled_topk(logits, heat, seeds, position, count, coupled=False)
+    expected = coupled_topk_reference(logits, heat, seeds, position, count, coupled=False)
+    assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+
+
 def test_rows_of_one_request_read_its_temperature_and_seed_by_index(rng: torch.Generator) -> None:
     heat, seeds, _ = requests(4, rng)
     rows = torch.tensor([3, 0, 0, 2, 1], dtype=torch.int32)
@@ -153,10 +169,10 @@ def test_the_sums_are_those_of_vllms_sampler_bit_for_bit(
         heat[:2] = torch.tensor([1.0, 0.6])
         sums = sums_of_vllm(gumbel, logits, heat, seeds, position)
         values, right = sums.sort(dim=1, descending=True, stable=True)
-        tokens, scores = coupled_topk(logits, heat, seeds, position, MOST_CHILDREN)
-        assert torch.equal(tokens, right[:, :MOST_CHILDREN])
+        tokens, scores = coupled_topk(logits, heat, seeds, position, 16)
+        assert torch.equal(tokens, right[:, :16])
         scale = heat.where(heat > 0, 1.0).unsqueeze(1)
-        assert torch.equal(scores, values[:, :MOST_CHILDREN] * scale)
+        assert torch.equal(scores, values[:, :16] * scale)
 
 
 def test_the_first_child_is_the_token_that_vllms_sampler_draws(gumbel: Any, rng: torch.Generator) -> None:
@@ -190,9 +206,9 @@ def test_equal_scores_go_to_the_lower_token_across_blocks(monkeypatch: pytest.Mo
 
 
 def test_what_the_kernel_cannot_rank_is_refused() -> None:
-    logits, heat, number = torch.zeros(2, 20), torch.ones(2), torch.zeros(2, dtype=torch.int64)
+    logits, heat, number = torch.zeros(2, 200), torch.ones(2), torch.zeros(2, dtype=torch.int64)
     for count in (0, MOST_CHILDREN + 1):
-        with pytest.raises(AssertionError, match="of 20 tokens"):
+        with pytest.raises(AssertionError, match="of 200 tokens"):
             coupled_topk(logits, heat, number, number, count)
     with pytest.raises(AssertionError, match="5 of 4 tokens"):
         coupled_topk(logits[:, :4], heat, number, number, 5)

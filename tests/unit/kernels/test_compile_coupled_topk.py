@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from tests.unit.kernels.aot import SHARED_LIMIT, compile_for
-from vllm_spec_plugins.kernels.coupled_topk import BLOCK_VOCAB, block_topk_kernel, merge_topk_kernel
+from vllm_spec_plugins.kernels.coupled_topk import BLOCK_PARTIAL, BLOCK_VOCAB, block_topk_kernel, merge_topk_kernel
 
 SIGNATURE = {
     "logits_row_stride": "i32",
@@ -28,6 +28,7 @@ SIGNATURE = {
     "vocab_size": "i32",
     "tokens_ptr": "*i64",
     "scores_ptr": "*fp32",
+    "merged_ptr": "*i64",
     "num_partial": "i32",
 }
 
@@ -46,8 +47,10 @@ def test_a_block_of_the_vocabulary_compiles_without_spilling(
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-def test_the_merge_of_a_quarter_of_a_million_tokens_compiles_without_spilling(capability: int) -> None:
-    constexprs = {"COUNT": 16, "HAS_ROWS": True, "BLOCK_PARTIAL": 4096}
+@pytest.mark.parametrize(("count", "last"), [(16, True), (128, False)])
+def test_a_merge_compiles_without_spilling(capability: int, count: int, last: bool) -> None:
+    constexprs: dict[str, Any] = {"COUNT": count, "HAS_ROWS": True, "LAST": last, "BLOCK_PARTIAL": BLOCK_PARTIAL}
+    constexprs |= {"merged_ptr": None} if last else {"tokens_ptr": None, "scores_ptr": None}
     usage = compile_for(merge_topk_kernel, SIGNATURE, constexprs, capability, num_warps=4, num_stages=3)
     assert usage.spills == 0, usage
     assert usage.shared <= SHARED_LIMIT[89], usage
