@@ -21,7 +21,7 @@ from vllm_spec_plugins.kernels.trie import tree_memory
 
 # Paths of ranks that `ranked` chooses among in registers. The default settings of Medusa make 224, 64 nodes 1114; where a
 # table is larger than this, its tensor code has to do.
-MOST_PATHS = 8192
+MOST_PATHS = 4096
 
 
 @triton.jit
