@@ -24,7 +24,7 @@ from vllm_spec_plugins.kernels.trie import tree_memory
 MOST_PATHS = 4096
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["limit", "least_bits"])
 def _ranked_kernel(
     candidates_ptr,
     chance_ptr,
@@ -375,7 +375,7 @@ def adopt(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["limit"])
 def _likeliest_kernel(
     tokens_ptr,
     links_ptr,

@@ -65,7 +65,7 @@ def forest_odds(
     return odds
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["limit", "least_bits"])
 def _union_kernel(
     tokens_ptr,
     parents_ptr,

@@ -39,3 +39,15 @@ def test_the_candidates_of_a_draft_fit_in_registers(candidates: int, rows: int, 
     blocks = {"BLOCK_C": candidates, "BLOCK_J": 8, "BLOCK_N": nodes}
     warps = max(1, min(8, candidates // 32))
     assert fits(compile_for(growth._likeliest_kernel, SIGNATURE, blocks, capability, warps, 1))
+
+
+def test_what_is_one_at_run_time_is_compiled_as_a_constant() -> None:
+    heads = {"count": 1, "deepest": 1, "per_depth": 1, "nodes": 1, "BLOCK_C": 1, "BLOCK_N": 1, "DIGIT": 7}
+    for fixed in (False, True):
+        assert fits(compile_for(growth._ranked_kernel, SIGNATURE, {**heads, "FIXED": fixed}, 90, 1, 1))
+    expand = {"candidates": 1, "width": 1, "most": 1, "BLOCK_C": 1}
+    assert fits(compile_for(growth._expand_kernel, SIGNATURE, expand, 90, 1, 1))
+    adopt = {"most": 1, "children": 1, "considered": 1, "width": 1, "candidates": 1, "BLOCK_M": 1, "BLOCK_K": 1}
+    assert fits(compile_for(growth._adopt_kernel, SIGNATURE, adopt, 90, 1, 1))
+    likeliest = {"candidates": 1, "nodes": 1, "BLOCK_C": 1, "BLOCK_J": 1, "BLOCK_N": 1}
+    assert fits(compile_for(growth._likeliest_kernel, SIGNATURE, likeliest, 90, 1, 1))

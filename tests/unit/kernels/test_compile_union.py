@@ -22,3 +22,11 @@ def test_the_nodes_of_a_forest_fit_in_registers(rows: int, nodes: int, warps: in
     for usage in (odds, merged):
         assert usage.spills == 0
         assert usage.shared < 99 << 10
+
+
+def test_what_is_one_at_run_time_is_compiled_as_a_constant() -> None:
+    odds = {"nodes": 1, "BLOCK_M": 1}
+    assert compile_for(union._odds_kernel, SIGNATURE, odds, 90, 1, 1).spills == 0
+    ones = {"many": 1, "sources": 1, "nodes": 1, "max_depth": 1}
+    merged = {**ones, "BLOCK_R": 2, "BLOCK_N": 1, "DIGIT": 7}
+    assert compile_for(union._union_kernel, SIGNATURE, merged, 90, 1, 1).spills == 0
