@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
+from vllm_spec_plugins import kernels
 from vllm_spec_plugins.tools import kernel_cases as cases
 from vllm_spec_plugins.tools.kernel_cases import Case, Mismatch
 from vllm_spec_plugins.tree.topology import Topology
@@ -23,6 +25,7 @@ SMALL: dict[str, Callable[[], Case]] = {
     "history": lambda: cases.history("cpu", batch=2, context=90, guesses=2, length=5),
     "trie": lambda: cases.trie("cpu", batch=2, guesses=3, length=4, nodes=8),
     "growth": lambda: cases.growth("cpu", batch=2, depth=2, ranks=3, nodes=6),
+    "union": lambda: cases.union("cpu", batch=2, each=5, nodes=6),
 }
 
 
@@ -72,5 +75,8 @@ def test_attention_is_checked_and_stands_beside_vllms_own() -> None:
     assert not torch.allclose(mine[:, 6], theirs[:, 6], rtol=1e-3)
 
 
-def test_every_kernel_has_a_small_case_here() -> None:
+def test_every_kernel_is_measured_and_has_a_small_case_here() -> None:
     assert {"tree_attention", *SMALL} == set(cases.CASES)
+    files = {path.stem for path in Path(kernels.__file__).parent.glob("*.py")} - {"__init__", "selection"}
+    named = {name.replace("pool_lookup", "ngram_pool").replace("pool_insert", "ngram_pool") for name in cases.CASES}
+    assert named == files

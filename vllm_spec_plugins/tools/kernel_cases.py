@@ -21,6 +21,8 @@ from vllm_spec_plugins.tree import builders
 from vllm_spec_plugins.tree.accept import Walk
 from vllm_spec_plugins.tree.topology import Topology, from_choices
 from vllm_spec_plugins.tree.tree import TokenTree
+from vllm_spec_plugins.tree.union import Forest
+from vllm_spec_plugins.tree.union import union as merged
 
 # One layer of a model of 7 to 8 B parameters: query heads, K/V heads, head size; and how vLLM pages its K/V.
 HEADS, GROUPS, DIM, PAGE = 32, 8, 128, 16
@@ -430,6 +432,31 @@ def growth(device: str, *, batch: int, depth: int = 4, ranks: int = 10, nodes: i
     return Case("growth", launch, check, beside={REFERENCE: in_torch})
 
 
+def union(device: str, *, batch: int, each: int = 31, nodes: int = 32) -> Case:
+    """Two sources' trees of `each` nodes over few tokens, so that paths are shared."""
+    from vllm_spec_plugins.kernels import union as kernel
+
+    rng, trees = generator(device), []
+    for _ in range(2):
+        candidates = torch.rand(batch, 4, 6, generator=rng, device=device).argsort(2)
+        chance = torch.rand(batch, 4, 6, generator=rng, device=device).sort(2, descending=True).values / 2
+        trees.append(builders.ranked(candidates, chance, each, each))
+    forest = Forest.of(trees)
+    weights = torch.rand(batch, 2, generator=rng, dtype=torch.float64, device=device) + 0.5
+    fields = (forest.tokens, forest.parents, forest.odds, forest.source, weights)
+    given = (*fields, nodes, nodes, 0.0, forest.max_depth)
+    out = kernel.union(*given)
+    launch = partial(kernel.union, *given, out)
+
+    def in_torch() -> Results:
+        tree = merged(forest, weights, nodes)
+        assert tree.chance is not None
+        return tree.tokens, tree.parents, tree.chance
+
+    check = partial(compare, ("tokens", "parents", "chance"), out, in_torch)
+    return Case("union", launch, check, beside={REFERENCE: in_torch})
+
+
 def _at(batches: Sequence[int], make: Callable[..., Case], also: str = "", **given: int) -> list[Setup]:
     return [Setup(f"batch {batch:2}{also}", 0, partial(make, batch=batch, **given), NOT_SLOWER) for batch in batches]
 
@@ -458,4 +485,5 @@ CASES: dict[str, list[Setup]] = {
     ],
     "trie": _at((1, 64), trie, ", 7 guesses of 16, 32 nodes"),
     "growth": _at((1, 64), growth, f", 4 heads of 10, {TREE.num_nodes} nodes"),
+    "union": _at((1, 64), union, ", 31 and 31 nodes to 32"),
 }
