@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
 from vllm_spec_plugins.kernels.selection import best, bits_of, digit_for
 from vllm_spec_plugins.kernels.trie import tree_memory
 

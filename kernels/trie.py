@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
 from vllm_spec_plugins.kernels.selection import bits_of, digit_for, kth_largest
 
 

@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
 GUARD = 32  # words
+GUARD_BYTES = bytes([0xA5] * 64)
 
 
 class Guarded:
@@ -36,3 +39,19 @@ class Guarded:
         for memory, before in self._given:
             for part in (slice(None, GUARD), slice(-GUARD, None)):
                 torch.testing.assert_close(memory[part], before[part], rtol=0, atol=0, equal_nan=True)
+
+
+def poisoned(shape: tuple[int, ...], dtype: torch.dtype, rng: torch.Generator) -> Tensor:
+    """NaN, or random integers, in contiguous memory with a guard behind it."""
+    size = torch.Size(shape).numel()
+    memory = torch.full((size * dtype.itemsize + len(GUARD_BYTES),), GUARD_BYTES[0], dtype=torch.uint8)
+    out = memory[: size * dtype.itemsize].view(dtype).view(shape)
+    if dtype.is_floating_point:
+        return out.fill_(float("nan"))
+    return out.copy_(torch.randint(1 << 30, shape, generator=rng))
+
+
+def guards_hold(out: Tensor) -> bool:
+    """Whether nothing was written behind a tensor of `poisoned`."""
+    storage = torch.empty(0, dtype=torch.uint8).set_(out.untyped_storage())
+    return cast(bool, (storage[out.numel() * out.itemsize :] == GUARD_BYTES[0]).all().item())

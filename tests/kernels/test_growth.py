@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from vllm_spec_plugins.kernels import growth
 
 from tests.kernels.guarded import Guarded
 from vllm_spec_plugins import compiled
+from vllm_spec_plugins.kernels import growth
 from vllm_spec_plugins.proposers import loops
 from vllm_spec_plugins.proposers.specinfer import _best
 from vllm_spec_plugins.tree import TokenTree, from_choices

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from vllm_spec_plugins.kernels import history
 
 from tests.kernels.guarded import Guarded
 from vllm_spec_plugins import compiled
+from vllm_spec_plugins.kernels import history
 from vllm_spec_plugins.proposers.history import LONGEST, SEARCHED, _odds, history_guesses
 
 

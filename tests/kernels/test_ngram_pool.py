@@ -6,9 +6,9 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from vllm_spec_plugins.kernels import ngram_pool
 
 from tests.kernels.guarded import Guarded
+from vllm_spec_plugins.kernels import ngram_pool
 from vllm_spec_plugins.proposers.pool import NgramPool
 
 # buckets, ways, length of the n-grams, n-grams at once, tokens: few tokens make full buckets and repetitions.

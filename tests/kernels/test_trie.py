@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from vllm_spec_plugins.kernels import trie as kernel
 
 from tests.kernels.guarded import Guarded
 from vllm_spec_plugins import compiled
+from vllm_spec_plugins.kernels import trie as kernel
 from vllm_spec_plugins.tree import TokenTree, loops
 from vllm_spec_plugins.tree.builders import trie
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from vllm_spec_plugins.kernels import union as kernel
 
 from tests.kernels.guarded import Guarded
 from tests.unit.tree.naive import random_tree
 from vllm_spec_plugins import compiled
+from vllm_spec_plugins.kernels import union as kernel
 from vllm_spec_plugins.tree import Forest, TokenTree, union, union_loops
 from vllm_spec_plugins.tree.union import MOST
 

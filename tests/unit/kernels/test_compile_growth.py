@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
-from vllm_spec_plugins.kernels import growth
-from vllm_spec_plugins.kernels.selection import digit_for
 
 from tests.unit.kernels.aot import Usage, compile_for
+from vllm_spec_plugins.kernels import growth
+from vllm_spec_plugins.kernels.selection import digit_for
 
 NUMBERS = "candidates ranks depth parent tokens parents owners start count drafted candidate rows added row found links"
 SIGNATURE = {

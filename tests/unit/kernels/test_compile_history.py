@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
-from vllm_spec_plugins.kernels import history
 
 from tests.unit.kernels.aot import compile_for
+from vllm_spec_plugins.kernels import history
 
 SIGNATURE = {
     "token_ids_ptr": "*i32",

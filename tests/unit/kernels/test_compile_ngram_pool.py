@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
-from vllm_spec_plugins.kernels import ngram_pool
 
 from tests.unit.kernels.aot import compile_for
+from vllm_spec_plugins.kernels import ngram_pool
 
 SIGNATURE = {
     "entries_ptr": "*i32",

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
-from vllm_spec_plugins.kernels import trie
-from vllm_spec_plugins.kernels.selection import digit_for
 
 from tests.unit.kernels.aot import compile_for
+from vllm_spec_plugins.kernels import trie
+from vllm_spec_plugins.kernels.selection import digit_for
 
 SIGNATURE = {
     "ngrams_ptr": "*i64",
