@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from vllm_spec_plugins.kernels import ranks as kernel
 
 from tests.kernels.guarded import Guarded
 from vllm_spec_plugins import compiled
+from vllm_spec_plugins.kernels import ranks as kernel
 from vllm_spec_plugins.tree.ranks import Ranks
 
 KEEP = float(np.float32(1.0) - np.float32(1.0 - Ranks.MEMORY))

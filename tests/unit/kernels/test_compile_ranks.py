@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
-from vllm_spec_plugins.kernels import ranks
 
 from tests.unit.kernels.aot import compile_for
+from vllm_spec_plugins.kernels import ranks
 
 SIGNATURE = {
     **{f"{name}_ptr": "*i64" for name in ("offered", "offered_at", "slots", "lengths", "emitted")},
