@@ -10,7 +10,6 @@ import vllm_spec_plugins
 from tests.engine.conftest import MODELS
 from tests.engine.decoding import SAMPLINGS, generate
 
-
 # Full trees: synchronous scheduling, all that a CPU has by default, gives absent nodes no row, and the warm-up does.
 PLUGIN = f"specinfer:model={MODELS / 'draft'},min_chance=0,adapt=false"
 
