@@ -32,10 +32,10 @@ def tree_walk_reference(
     depth = torch.zeros(batch, nodes + 1, dtype=torch.int64, device=tokens.device)
     if wrong is None:
         wrong = (tokens < 0) | (drawn[:, 1:] < 0) | (tokens != drawn.gather(1, parents))
-    for node in range(nodes):
-        above = parents[:, node : node + 1]
-        right[:, node + 1] = right.gather(1, above).squeeze(1) & ~wrong[:, node]
-        depth[:, node + 1] = depth.gather(1, above).squeeze(1) + 1
+    for child in range(nodes):
+        above = parents[:, child : child + 1]
+        right[:, child + 1] = right.gather(1, above).squeeze(1) & ~wrong[:, child]
+        depth[:, child + 1] = depth.gather(1, above).squeeze(1) + 1
     row = depth.masked_fill(~right, -1).argmax(1, keepdim=True)
     last, count = drawn.gather(1, row), depth.gather(1, row)
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tests.gpu.offline import fatbins
+from vllm_spec_plugins.tools.kernel_cases import CASES
 
 ROOT = Path(__file__).resolve().parents[2]
 OFFLINE = ROOT / "tests" / "gpu" / "offline"
@@ -123,6 +124,26 @@ def test_the_gpu_suite_fails_without_a_gpu_and_says_why() -> None:
     said = [line for line in done.stderr.splitlines() if line]
     assert said == [f"Exit: tests/gpu needs a CUDA GPU, and torch {torch.__version__} finds none on this machine"]
     assert "passed" not in done.stdout and "skipped" not in done.stdout
+
+
+def test_the_gpu_suite_is_complete_where_there_is_no_gpu() -> None:
+    """Its modules import, and every kernel of `bench kernels` is in it."""
+    code = (
+        "import tests.gpu.test_lossless, tests.gpu.test_kernels as t, torch\n"
+        "print(sorted({p.id.partition(',')[0] for p in t.FULL}), len(t.FIRST), torch.cuda.is_initialized())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == f"{sorted(CASES)} {len(CASES)} False"
+
+
+def test_make_test_runs_every_suite_but_the_gpus() -> None:
+    done = subprocess.run(["make", "-n", "test"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    suites = [path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and any(path.rglob("test_*.py"))]
+    run = {suite for suite in suites if f"pytest tests/{suite} " in done.stdout}
+    assert run == set(suites) - {"gpu"}
+    assert "TRITON_INTERPRET=1 .venv/bin/python -m pytest tests/kernels " in done.stdout
 
 
 @pytest.mark.parametrize("script", sorted(OFFLINE.glob("*.sh")), ids=lambda path: path.name)

@@ -26,6 +26,9 @@ from vllm_spec_plugins.tree.tree import TokenTree
 class TreeVerifier:
     """Stands where vLLM has its rejection sampler; called when some request of the batch has drafts."""
 
+    # vLLM's own way to verify fewer drafts; its warm-up on a GPU asks for it.
+    enable_adaptive_verification = False
+
     def __init__(self, sampler: Sampler, state: TreeState, rule: AcceptRule) -> None:
         self.sampler, self.state, self.rule = sampler, state, rule
         if not rule.lossless:

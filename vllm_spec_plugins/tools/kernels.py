@@ -28,6 +28,10 @@ STEP_PARAMETERS = 7e9
 # Milliseconds of GPU time that one figure may take, and how many launches that are at least and at most.
 BUDGET, LEAST, MOST = 300.0, 15, 200
 WARM_UP = 3
+# Bytes written before every launch, or four times the L2 cache if that is more.
+OTHER = 256 << 20
+# What the ceilings are measured with: bytes that are copied, and rows and columns of matrices.
+COPIED, MATMUL = 2 << 30, 8192
 
 
 class Stopwatch:
@@ -36,7 +40,7 @@ class Stopwatch:
     def __init__(self) -> None:
         cache = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
         # Written before every launch: whatever the kernel reads comes from memory then.
-        self._other = torch.empty(max(256 << 20, 4 * cache), dtype=torch.uint8, device="cuda")
+        self._other = torch.empty(max(OTHER, 4 * cache), dtype=torch.uint8, device="cuda")
 
     def __call__(self, launch: Callable[[], object]) -> list[float]:
         for _ in range(WARM_UP):
@@ -105,13 +109,14 @@ def measure_machine(stopwatch: Stopwatch) -> Machine:
 
 
 def _copy(stopwatch: Stopwatch) -> float:
-    size = min(2 << 30, torch.cuda.mem_get_info()[0] // 8)
+    size = min(COPIED, torch.cuda.mem_get_info()[0] // 8)
     source = torch.randint(256, (size,), dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return 2 * size / (median(stopwatch(lambda: target.copy_(source))) / 1e3)
 
 
-def _matmul(stopwatch: Stopwatch, size: int = 8192) -> float:
+def _matmul(stopwatch: Stopwatch) -> float:
+    size = MATMUL
     a, b = (torch.randn(size, size, device="cuda").bfloat16() for _ in range(2))
     product = torch.empty_like(a)
     return 2 * size**3 / (median(stopwatch(lambda: torch.mm(a, b, out=product))) / 1e3)

@@ -7,10 +7,13 @@ import io
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
+from torch.overrides import TorchFunctionMode
 
 from vllm_spec_plugins.tools import cli, kernel_cases, kernels
 from vllm_spec_plugins.tools.kernel_cases import Case, Mismatch, Setup, equal
@@ -118,6 +121,69 @@ def test_the_tables_say_what_was_met_what_was_missed_and_what_is_wrong() -> None
     assert "NO: path: 1 of 2 values differ" in text
     assert "4000 GB/s" in text and "3.50 ms" in text
     assert json.loads(json.dumps([each.as_dict(MACHINE) for each in figures]))[1]["met"] is False
+
+
+class OnHost(TorchFunctionMode):
+    """What is made on a GPU is made here."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = dict(kwargs or {})
+        if given.get("device") == "cuda":
+            given["device"] = "cpu"
+        return func(*args, **given)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What happens on a GPU that is not there; each launch takes one millisecond more than the one before."""
+    happened: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            happened.append("event")
+            self.at = len(happened)
+
+        def elapsed_time(self, end: Event) -> float:
+            assert "synchronize" in happened[end.at :]  # a time that is read before is none
+            inside = happened[self.at : end.at - 1]
+            assert inside == ["launch"]
+            return 1.0 + happened[: self.at].count("launch")
+
+    about = SimpleNamespace(
+        L2_cache_size=64, name="GPU", major=9, minor=0, multi_processor_count=132, total_memory=2**37
+    )
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: happened.append("synchronize"))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: about)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 40, 1 << 40))
+    for name, value in {"OTHER": 100, "COPIED": 1000, "MATMUL": 16}.items():
+        monkeypatch.setattr(kernels, name, value)
+    return happened
+
+
+def test_the_stopwatch_times_each_launch_alone_after_a_warm_up_with_another_cache(clock: list[str]) -> None:
+    with OnHost():
+        stopwatch = kernels.Stopwatch()
+        assert stopwatch._other.numel() == 256  # four times the L2 cache
+        stopwatch._other = SimpleNamespace(zero_=lambda: clock.append("flush"))  # type: ignore[assignment]
+        times = stopwatch(lambda: clock.append("launch"))
+    assert clock[: kernels.WARM_UP] == ["launch"] * kernels.WARM_UP
+    assert clock[kernels.WARM_UP : kernels.WARM_UP + 4] == ["flush", "event", "launch", "event"]
+    assert times == [kernels.WARM_UP + 2.0 + each for each in range(kernels.repetitions(kernels.WARM_UP + 1.0))]
+
+
+def test_the_ceilings_count_what_is_read_written_and_multiplied(clock: list[str]) -> None:
+    def timed(launch: Callable[[], object]) -> list[float]:
+        launch()
+        return [2.0, 4.0, 9.0]
+
+    with OnHost():
+        assert kernels._copy(timed) == 2 * 1000 / 4e-3  # type: ignore[arg-type]
+        assert kernels._matmul(timed) == 2 * 16**3 / 4e-3  # type: ignore[arg-type]
 
 
 def test_few_launches_of_what_takes_long_and_many_of_what_does_not() -> None:
