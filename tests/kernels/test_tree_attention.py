@@ -12,6 +12,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 from triton.runtime import interpreter
+
 from vllm_spec_plugins.kernels.tree_attention import Scratch, reference, tree_attention
 
 ABSENT = torch.iinfo(torch.int32).max

@@ -162,13 +162,14 @@ class Figure:
             found["share of the copy"] = self.bandwidth / machine.copy
         return {**found, **{f"time to {name}": self.ratio(name) for name in self.beside}}
 
-    def met(self, machine: Machine) -> bool | None:
-        """Whether the target is; None where there is none."""
-        if not self.bound:
-            return None
-        what, relation, limit = self.bound.rsplit(" ", 2)
-        value = self.achieved(machine)[what]
-        return value >= float(limit) if relation == ">=" else value <= float(limit)
+    def met(self, machine: Machine) -> dict[str, bool]:
+        """Whether each of its targets is."""
+        found = {}
+        for bound in self.bound.split("; ") if self.bound else ():
+            what, relation, limit = bound.rsplit(" ", 2)
+            value = self.achieved(machine)[what]
+            found[bound] = value >= float(limit) if relation == ">=" else value <= float(limit)
+        return found
 
     def as_dict(self, machine: Machine) -> dict[str, Any]:
         if self.wrong:
@@ -248,8 +249,8 @@ _CAPTION = (
 def _cells(figure: Figure, machine: Machine, names: Sequence[str]) -> list[str]:
     if figure.wrong:
         return [figure.shape, f"NO: {figure.wrong}"]
-    achieved, met = figure.achieved(machine), figure.met(machine)
-    verdict = "" if met is None else f"{figure.bound}: {'met' if met else 'MISSED'}"
+    achieved = figure.achieved(machine)
+    verdict = "\n".join(f"{bound}: {'met' if met else 'MISSED'}" for bound, met in figure.met(machine).items())
     return [
         figure.shape,
         "yes",

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from vllm_spec_plugins.kernels import tree_attention as module
 
 from tests.unit.kernels.aot import SHARED_LIMIT, Usage, compile_for
+from vllm_spec_plugins.kernels import tree_attention as module
 
 TYPES = {
     torch.float32: "*fp32",
