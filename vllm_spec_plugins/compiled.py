@@ -21,10 +21,18 @@ F = TypeVar("F", bound=Callable[..., object])
 # Tests switch it off to run the tensor code on a CPU.
 use_loops = True
 
+# `cpu.interpreted.enable` switches it on: Triton kernels run on a CPU, interpreted.
+use_kernels = False
+
 
 def loops_for(tensor: Tensor) -> bool:
     """Whether what is asked about `tensor` is answered by a compiled loop."""
-    return use_loops and tensor.device.type == "cpu"
+    return use_loops and not use_kernels and tensor.device.type == "cpu"
+
+
+def kernels_for(tensor: Tensor) -> bool:
+    """Whether what is asked about `tensor` is answered by a Triton kernel."""
+    return tensor.device.type == "cuda" or (use_kernels and tensor.device.type == "cpu")
 
 
 def compiled(function: F) -> F:

@@ -4,6 +4,9 @@
     from vllm_spec_plugins.cpu import interpreted
     interpreted.enable()  # before anything imports vllm
 
+An engine with a plugin then runs as it does on a GPU: vLLM's Triton attention on its K/V layout, and this package's kernels
+wherever there is one (`compiled.kernels_for`).
+
 An entry point for a "cpu" Triton backend would do the same for every process, but Triton does not skip it when it looks
 for the one active driver: it would break hosts that have a GPU. So it is done by hand, in the process that asks for it.
 """
@@ -14,9 +17,19 @@ import os
 import sys
 from typing import Any
 
+from vllm_spec_plugins import compiled
 
-def enable() -> None:
-    """Turn the interpreter on in this process. Needs the triton package. Raises RuntimeError when it is too late."""
+# Whether V2's small kernels keep their versions for the CPU.
+only_attention = False
+
+
+def enable(only_attention: bool = False) -> None:
+    """Turn the interpreter on in this process. Needs the triton package. Raises RuntimeError when it is too late.
+
+    `only_attention` keeps the CPU's versions of Model Runner V2's small kernels, which are tested by themselves and are most of
+    the time: what is interpreted then is attention and this package's kernels.
+    """
+    globals()["only_attention"], compiled.use_kernels = only_attention, True
     if os.environ.get("TRITON_INTERPRET") == "1" and _enabled():
         return
     late = [name for name in ("vllm.triton_utils", "vllm.platforms") if name in sys.modules]

@@ -28,7 +28,9 @@ from vllm.v1.worker.gpu.attn_utils import init_attn_backend
 from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.states import RequestState
 
-from vllm_spec_plugins.engine import attention, kv
+from vllm_spec_plugins.engine import kv
+from vllm_spec_plugins.engine.backend import backend_of
+from vllm_spec_plugins.engine.tree_rows import TreeRows
 from vllm_spec_plugins.proposers.base import StepContext
 from vllm_spec_plugins.tree.tree import TokenTree
 
@@ -135,7 +137,7 @@ class PagedDraft:
         place = roots[request] + row
         position = (roots[request] + tree.depth[request, row]).clamp(max=self.max_len - 1)
         slot = torch.where(place < self.max_len, self._slots(step.table, request, place), NO_SLOT)
-        rows = attention.TreeRows(
+        rows = TreeRows(
             num_tokens=len(row),
             request=request,
             prefix=roots,
@@ -144,7 +146,7 @@ class PagedDraft:
             table=step.table,
             block_size=self.block_size,
         )
-        metadata = attention.only_trees(rows, slot)
+        metadata = backend_of(slot.device).only_trees(rows, slot)
         return self.model.compute_logits(self._run(token, position, dict.fromkeys(self.layers, metadata), slot)).float()
 
     def _slots(self, table: Tensor, request: Tensor, place: Tensor) -> Tensor:

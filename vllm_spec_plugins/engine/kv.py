@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vllm_spec_plugins.engine.attention import key_blocks, value_blocks
+from vllm_spec_plugins.engine.backend import on_triton
 from vllm_spec_plugins.tree.accept import Acceptance
 
 
@@ -34,7 +35,8 @@ def commit(caches: Sequence[Tensor], block_table: Tensor, block_size: int, sourc
     """Move keys and values between positions, in every layer's paged cache.
 
     Args:
-        caches: per layer [blocks, G, P, 2 * D] ("vec" layout, see `attention.key_blocks`).
+        caches: per layer [blocks, G, P, 2 * D], as the device's attention backend lays them out (on the CPU in the "vec" layout,
+            see `attention.key_blocks`).
         block_table: [M, max_blocks] int32, the block table row of each move's request.
         source, target: [M] int64 positions. Targets may be other moves' sources: all are read before any is written.
     """
@@ -45,6 +47,9 @@ def commit(caches: Sequence[Tensor], block_table: Tensor, block_size: int, sourc
 
     (from_block, from_offset), (to_block, to_offset) = slot(source), slot(target)
     for cache in caches:
+        if on_triton(cache.device):  # a slot's keys and values stand side by side
+            cache[to_block, :, to_offset] = cache[from_block, :, from_offset]
+            continue
         keys, values = key_blocks(cache), value_blocks(cache)
         key, value = keys[from_block, :, :, from_offset], values[from_block, :, from_offset]
         keys[to_block, :, :, to_offset] = key
