@@ -1,5 +1,5 @@
 # Every target does its own set-up; any of them can be run again, also after an interruption.
-.PHONY: help setup lint test unit kernels engine serve demo bench clean
+.PHONY: help setup lint test unit kernels engine serve demo bench test-gpu bench-gpu clean
 
 PY := .venv/bin/python
 STEP = @printf '\n== %s\n'
@@ -9,6 +9,7 @@ help:
 	@echo "make demo    plain vLLM and the plugin on the same prompts, side by side"
 	@echo "make test    lint, types and every test          make unit | kernels | engine | serve   one suite"
 	@echo "make bench   the measurements of docs/benchmarks.md"
+	@echo "make test-gpu | bench-gpu   on a machine with a GPU, in the environment that has vLLM for CUDA (docs/gpu.md)"
 
 setup:
 	@.ci/setup
@@ -45,6 +46,22 @@ demo: setup
 
 bench: setup
 	@$(PY) -m vllm_spec_plugins.tools.bench
+
+# No set-up: .venv holds vLLM for the CPU. GPU_PY is the interpreter of the environment with vLLM for CUDA.
+GPU_PY ?= python3
+GPU_OUT ?= gpu-figures
+# All servers are up together: each gets a part of the memory.
+GPU_SPEED ?= -- --gpu-memory-utilization 0.2
+
+test-gpu:
+	$(STEP) "tests/gpu"
+	@$(GPU_PY) -m pytest tests/gpu --durations=10
+
+bench-gpu:
+	$(STEP) "kernels"
+	@$(GPU_PY) -m vllm_spec_plugins.tools.bench kernels --json $(GPU_OUT)/kernels.json
+	$(STEP) "speed"
+	@$(GPU_PY) -m vllm_spec_plugins.tools.bench speed --json $(GPU_OUT)/speed.json --no-ngram $(GPU_SPEED)
 
 clean:
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache

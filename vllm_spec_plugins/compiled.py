@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loops for the CPU, compiled by numba (which vLLM brings).
+"""What a stage of a step is computed by: a compiled loop on the CPU, a Triton kernel on a GPU, torch operations elsewhere.
 
 A step of a small model on a CPU is made of operations on a few integers. In torch each costs about 5 us whatever its
 size, in NumPy 1 to 2 us; a compiled loop does a whole stage of the step for the price of one of them. What has such a
 loop computes the same in torch for every other device.
 
-Modules of compiled functions are imported where a loop is first needed: a process that serves without a plugin must not
-load numba.
+Where both are there the order is loops, kernels, torch. Loops are compiled by numba, which vLLM brings. Their modules, and those
+of kernels, are imported where one is first needed: a process that serves without a plugin must not load numba, nor one without
+a GPU Triton.
 """
 
 from __future__ import annotations
@@ -20,8 +21,7 @@ F = TypeVar("F", bound=Callable[..., object])
 
 # Tests switch it off to run the tensor code on a CPU.
 use_loops = True
-
-# `cpu.interpreted.enable` switches it on: Triton kernels run on a CPU, interpreted.
+# The interpreted lane (cpu/interpreted.py) switches it on: Triton's interpreter runs the kernels on a CPU, and no loop is asked.
 use_kernels = False
 
 
@@ -31,8 +31,8 @@ def loops_for(tensor: Tensor) -> bool:
 
 
 def kernels_for(tensor: Tensor) -> bool:
-    """Whether what is asked about `tensor` is answered by a Triton kernel."""
-    return tensor.device.type == "cuda" or (use_kernels and tensor.device.type == "cpu")
+    """Whether what is asked about `tensor` is answered by a Triton kernel (kernels/)."""
+    return tensor.is_cuda or (use_kernels and tensor.device.type == "cpu")
 
 
 def compiled(function: F) -> F:

@@ -10,6 +10,7 @@ stand; the others are overwritten.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,7 +65,7 @@ class Step:
     table: Tensor
 
 
-class PagedDraft:
+class PagedDraft(ABC):
     """What drafts over the target's block table (`proposers.base.DraftModel`): nodes get slots behind the root.
 
     Made with the speculator, loaded after the target, bound to K/V caches when those exist.
@@ -91,9 +92,9 @@ class PagedDraft:
         self.layers: list[str] = []
         self.own: list[str] = []
 
+    @abstractmethod
     def load(self, target: nn.Module) -> None:
         """The target is loaded, its K/V caches are not made yet."""
-        raise NotImplementedError
 
     def warm(self, count: int) -> None:
         """A forward pass over `count` tokens that come to nothing: what is compiled is compiled then."""
@@ -119,12 +120,12 @@ class PagedDraft:
         layers = self.target_config.compilation_config.static_forward_context
         self.caches = [layers[name].kv_cache for name in self.layers]
 
-    def add_request(self, slot: int, computed: int) -> None:
+    def add_request(self, slot: int, computed: int) -> None:  # noqa: B027
         """A request moves into `slot` with `computed` tokens in the prefix cache."""
 
+    @abstractmethod
     def begin(self, ctx: StepContext) -> Tensor:
         """See `DraftModel`."""
-        raise NotImplementedError
 
     def extend(self, tree: TokenTree, request: Tensor, row: Tensor) -> Tensor:
         """See `DraftModel`."""

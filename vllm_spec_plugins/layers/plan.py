@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import lru_cache
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ class LayerPlan:
         )
 
 
+@lru_cache(maxsize=64)
 def exits_of(plan: LayerPlan, count: int) -> tuple[int, ...]:
     """The layers (from 0) behind which a pass of `plan` has its last `count` exits: the layers that run, in equal parts."""
     layers = [i for i in range(plan.num_layers) if plan.attention[i] or plan.mlp[i]]

@@ -86,8 +86,14 @@ class SpecInferProposer:
         grow = self._grow_looped if loops_for(ctx.slots) else self._grow
         return grow(ctx, self.draft, ctx.likeliest, budget, least)
 
+    def _weighs(self, draft: DraftModel) -> bool:
+        """Whether a level that is hardly ever reached is left out: a draft that costs nothing runs them all."""
+        return not self.fixed and draft.cost > 0.0
+
     def _grow(self, ctx: StepContext, draft: DraftModel, likeliest: Likeliest, budget: int, least: float) -> TokenTree:
-        """In tensors, level by level; which rows there are to run is asked of the device."""
+        """In tensors, level by level. Every level runs as many rows as it may have, whether there is a candidate for each or
+        not: how many there are is known to the device alone.
+        """
         batch, device = len(ctx.slots), ctx.slots.device
         every = torch.arange(batch, device=device)
         found = _children(ctx, likeliest, draft, draft.begin(ctx), every, torch.zeros_like(every), self.children[0])
@@ -102,28 +108,27 @@ class SpecInferProposer:
         for level in range(1, self.max_depth):
             best, index = chances[:, start:].topk(min(self.expanded[level], chances.shape[1] - start), 1)
             wanted = (best >= least) & (best > 0)
-            if not self.fixed and float((best * wanted).sum()) < LEVEL * draft.cost * batch:
-                break
-            row = drafted.tokens.shape[1] + 1 + torch.arange(best.shape[1], device=device)
+            if self._weighs(draft):
+                wanted &= (best * wanted).sum() >= LEVEL * draft.cost * batch
+            width = best.shape[1]
+            row = drafted.tokens.shape[1] + 1 + torch.arange(width, device=device)
             token = tokens[:, start:].gather(1, index).masked_fill(~wanted, -1)
             drafted = TokenTree(
                 torch.cat((drafted.tokens, token), 1),
                 torch.cat((drafted.parents, owner.gather(1, index).masked_fill(~wanted, 0)), 1),
+                level,
             )
-            request, column = wanted.nonzero(as_tuple=True)
-            logits = draft.extend(drafted, request, row[column])
-            place, count = torch.full_like(request, level), self.children[level]
-            found = _children(ctx, likeliest, draft, logits, request, place, count)
-            more = tokens.new_full((batch, best.shape[1], count), -1)
-            more[request, column] = found[0]
-            path = chances.new_zeros(batch, best.shape[1], count)
-            path[request, column] = found[1] * best[request, column].unsqueeze(1)
+            request, count = every.repeat_interleave(width), self.children[level]
+            logits = draft.extend(drafted, request, row.repeat(batch))
+            found = _children(ctx, likeliest, draft, logits, request, torch.full_like(request, level), count)
+            absent = ~wanted.unsqueeze(2)
+            more = found[0].view(batch, width, count).masked_fill(absent, -1)
+            path = (found[1].view(batch, width, count) * best.unsqueeze(2)).masked_fill(absent, 0.0)
             parent = (start + index + 1).repeat_interleave(count, 1)
             start, owner = tokens.shape[1], row.expand(batch, -1).repeat_interleave(count, 1)
             tokens, parents = torch.cat((tokens, more.flatten(1)), 1), torch.cat((parents, parent), 1)
             chances = torch.cat((chances, path.flatten(1)), 1)
-            behind = chances.new_zeros(batch, best.shape[1])
-            behind[request, column] = found[2]
+            behind = found[2].view(batch, width).masked_fill(~wanted, 0.0)
             sure = torch.cat((sure, behind.repeat_interleave(count, 1)), 1)
         asked = None if ctx.deferring is None else sure
         return _best(tokens, parents, chances, asked, self.num_nodes, budget, least, self.max_depth)
@@ -160,9 +165,12 @@ class SpecInferProposer:
                     candidate,
                     rows,
                 )
-                reached = chances[request, candidate[request, row - 1]].sum()
-                if not len(request) or (not self.fixed and reached < LEVEL * draft.cost * batch):
+                if not len(request):
                     break
+                if self._weighs(draft):
+                    reached = chances[request, candidate[request, row - 1]].sum()
+                    if reached < LEVEL * draft.cost * batch:
+                        break
                 width = int(rows.max())
                 tree = TokenTree(
                     torch.from_numpy(drafted[:, :width].copy()), torch.from_numpy(parents[:, :width].copy())

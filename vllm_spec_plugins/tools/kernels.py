@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from vllm_spec_plugins.tools.kernel_cases import CASES, Mismatch, Setup
+from vllm_spec_plugins.tools.kernel_cases import CASES, Mismatch, Setup, in_torch
 
 NO_GPU = "bench kernels measures on a CUDA GPU, and torch {} finds none on this machine"
 
@@ -199,11 +199,12 @@ def measure(
 
 def _figure(setup: Setup, device: str, stopwatch: Callable[[Callable[[], object]], list[float]]) -> Figure:
     case = setup.make(device)
-    try:
-        case.check()
-    except Mismatch as mismatch:
-        return Figure(case.kernel, setup.shape, wrong=str(mismatch))
-    beside = {name: stopwatch(launch) for name, launch in case.beside.items()}
+    with in_torch():  # nothing in it is the engine's: what it chooses by itself is for what the kernel stands beside
+        try:
+            case.check()
+        except Mismatch as mismatch:
+            return Figure(case.kernel, setup.shape, wrong=str(mismatch))
+        beside = {name: stopwatch(launch) for name, launch in case.beside.items()}
     return Figure(case.kernel, setup.shape, "", stopwatch(case.launch), case.traffic, beside, setup.bound)
 
 

@@ -54,6 +54,8 @@ def compile_for(
         aligned: integer arguments that are multiples of 16 at run time (strides, mostly), which lets Triton load wide. Pointers
             are taken to be multiples of 16, as torch allocates.
 
+    Printed as well: `pytest tests/unit/kernels -rP` lists what all of them take.
+
     Raises triton.CompilationError, or RuntimeError from a later stage, where the compiler refuses the kernel.
     """
     assert isinstance(kernel, triton.JITFunction), f"{kernel} is interpreted: this process has TRITON_INTERPRET=1"
@@ -72,4 +74,7 @@ def compile_for(
         listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     used = {name: int(count) for name, count in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", listing)}
     shared = used["SHARED"] + compiled.metadata.shared
-    return Usage(registers=used["REG"], spills=used["STACK"] + used["LOCAL"], shared=shared)
+    usage = Usage(registers=used["REG"], spills=used["STACK"] + used["LOCAL"], shared=shared)
+    sizes = ", ".join(f"{names[i]}={value}" for (i,), value in values.items())
+    print(f"sm_{capability} {kernel.__name__} ({sizes}, {num_warps} warps, {num_stages} stages): {usage}")
+    return usage

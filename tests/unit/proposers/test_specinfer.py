@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from vllm_spec_plugins import compiled
 from vllm_spec_plugins.config import SettingError
 from vllm_spec_plugins.proposers.base import Deferring, StepContext
 from vllm_spec_plugins.proposers.specinfer import CONSIDERED, SpecInferProposer
@@ -36,17 +37,23 @@ class PathModel:
             self.kept = torch.tensor([self.keeps(b, path) for b, path in rows], dtype=torch.bool)
 
     def extend(self, tree, request, row):
-        out = []
+        out, rows = [], []
         for b, r in zip(request.tolist(), row.tolist(), strict=True):
             path, at = [], r
+            if tree.tokens[b, at - 1] < 0:  # not on the CPU
+                assert not compiled.loops_for(tree.tokens)
+                out.append(torch.full((VOCAB,), float("nan")))
+                rows.append((b, ()))
+                continue
             while at:
                 assert tree.tokens[b, at - 1] >= 0
                 path.insert(0, int(tree.tokens[b, at - 1]))
                 at = int(tree.parents[b, at - 1])
                 assert at == 0 or (b, at) in [(x, y) for x, y, _ in self.asked]
             self.asked.append((b, r, tuple(path)))
+            rows.append((b, tuple(path)))
             out.append(self.logits(b, tuple(path)))
-        self._keep([(b, path) for b, _, path in self.asked[len(self.asked) - len(out) :]])
+        self._keep(rows)
         return torch.stack(out) if out else torch.empty(0, VOCAB)
 
 

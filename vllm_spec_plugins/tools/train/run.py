@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -78,7 +79,7 @@ class RunPlan:
 P = TypeVar("P", bound=RunPlan)
 
 
-class Run(Generic[P]):
+class Run(ABC, Generic[P]):
     """A run. It can be left after any step and goes on to the same bits on a CPU.
 
     Args:
@@ -108,9 +109,9 @@ class Run(Generic[P]):
             return self.plan.rate * (self.step + 1) / warmup
         return self.plan.rate * 0.5 * (1 + math.cos(math.pi * (self.step - warmup) / max(1, self.plan.steps - warmup)))
 
+    @abstractmethod
     def advance(self) -> Tensor:
         """One step; its losses [k], in nats."""
-        raise NotImplementedError
 
     def update(self) -> None:
         """End a step: the optimizer takes the gradients."""
@@ -120,9 +121,9 @@ class Run(Generic[P]):
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
 
+    @abstractmethod
     def write(self, folder: Path) -> None:
         """The result, whole or not at all."""
-        raise NotImplementedError
 
     def save(self, file: Path) -> None:
         """Everything that going on takes, whole or not at all."""
