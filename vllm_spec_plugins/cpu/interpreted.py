@@ -68,14 +68,16 @@ def enable(only_attention: bool = False) -> None:
 
 
 def _repair_interpreter() -> None:
-    """What Triton 3.9's interpreter lacks for vLLM's kernels: masks that are not plain bool arrays, two libdevice functions."""
+    """What Triton 3.9's interpreter lacks for vLLM's kernels and ours: masks that are not plain bool arrays, products of bfloat16
+    matrices (it multiplies their bits), two libdevice functions.
+    """
     import numpy as np
     import triton.language as tl
     import triton.language.extra.libdevice as libdevice
     from triton.runtime import interpreter
 
     builder = interpreter.InterpreterBuilder
-    load, store = builder.create_masked_load, builder.create_masked_store
+    load, store, dot = builder.create_masked_load, builder.create_masked_store, builder.create_dot
 
     def plain(mask: Any) -> Any:
         return interpreter.TensorHandle(np.ascontiguousarray(mask.data, dtype=np.bool_), tl.int1)
@@ -86,7 +88,16 @@ def _repair_interpreter() -> None:
     def create_masked_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
         return store(self, ptrs, value, plain(mask), *rest)
 
+    def widened(matrix: Any) -> Any:
+        if matrix.dtype.scalar != tl.bfloat16:
+            return matrix
+        return interpreter.TensorHandle((matrix.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def create_dot(self: Any, left: Any, right: Any, *rest: Any) -> Any:
+        return dot(self, widened(left), widened(right), *rest)
+
     builder.create_masked_load, builder.create_masked_store = create_masked_load, create_masked_store
+    builder.create_dot = create_dot
 
     def elementwise(function: Any, dtype: Any) -> Any:
         def apply(value: Any) -> Any:

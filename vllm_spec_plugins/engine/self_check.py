@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from vllm.v1.attention.ops.triton_reshape_and_cache_flash import triton_reshape_and_cache_flash
 
-from vllm_spec_plugins.kernels import tree_attention, tree_walk
+from vllm_spec_plugins.kernels import kv_commit, tree_attention, tree_walk
 from vllm_spec_plugins.tree.tree import TokenTree
 
 # Requests with these tokens before the root; all have trees of so many nodes.
@@ -31,6 +31,7 @@ def check(
     found = {
         "tree attention": _attention(tree, generator, device, block_size, heads, groups, dim, dtype, heads_apart),
         "the walk": _walk(tree, generator, device),
+        "the move of K/V": _commit(generator, device, block_size, groups, dim, dtype, heads_apart),
     }
     if wrong := [name for name, agrees in found.items() if not agrees]:
         raise RuntimeError(
@@ -60,9 +61,8 @@ def _attention(
     random = partial(torch.randn, generator=generator)
     count, rows = len(CONTEXTS), NODES + 1
     blocks = -(-(max(CONTEXTS) + rows) // size)
-    shape = (1 + count * blocks, groups, size, 2 * dim) if heads_apart else (1 + count * blocks, size, groups, 2 * dim)
-    cache = torch.zeros(shape, dtype=dtype, device=device)
-    keys, values = (cache.transpose(1, 2) if heads_apart else cache).split(dim, -1)
+    cache = _cache(1 + count * blocks, size, groups, dim, dtype, device, heads_apart)
+    keys, values = cache.transpose(1, 2).split(dim, -1)
     table = 1 + torch.randperm(count * blocks, generator=generator).view(count, blocks)
     position = [torch.arange(context + rows) for context in CONTEXTS]
     slots = torch.cat([table[b, place // size] * size + place % size for b, place in enumerate(position)])
@@ -90,6 +90,43 @@ def _attention(
 
     close = 1e-4 if dtype == torch.float32 else 3e-2
     return torch.allclose(run(tree_attention.tree_attention), run(tree_attention.reference), rtol=close, atol=close)
+
+
+def _cache(
+    blocks: int, size: int, groups: int, dim: int, dtype: torch.dtype, device: torch.device, heads_apart: bool
+) -> Tensor:
+    """[blocks, G, P, 2 * D], laid out as the engine's."""
+    if heads_apart:
+        return torch.zeros(blocks, groups, size, 2 * dim, dtype=dtype, device=device)
+    return torch.zeros(blocks, size, groups, 2 * dim, dtype=dtype, device=device).transpose(1, 2)
+
+
+def _commit(
+    generator: torch.Generator,
+    device: torch.device,
+    size: int,
+    groups: int,
+    dim: int,
+    dtype: torch.dtype,
+    heads_apart: bool,
+) -> bool:
+    """Rows 2 and 4 of the first tree, and row 1 of the second, which stands where it belongs."""
+    blocks = 1 + -(-(max(CONTEXTS) + NODES + 1) // size)
+    written = torch.randn(len(CONTEXTS) * blocks, groups, size, 2 * dim, generator=generator).to(device, dtype)
+
+    def run(commit: Callable[..., None]) -> Tensor:
+        cache = _cache(len(written), size, groups, dim, dtype, device, heads_apart).copy_(written)
+        commit(
+            kv_commit.Pointers.of([cache]),
+            torch.arange(len(written), dtype=torch.int32, device=device).view(len(CONTEXTS), blocks),
+            torch.tensor(CONTEXTS, device=device),
+            torch.tensor([[2, 4], [1, 0]], device=device),
+            torch.tensor([2, 1], device=device),
+        )
+        return cache
+
+    moved = run(kv_commit.kv_commit)
+    return torch.equal(moved, run(kv_commit.kv_commit_reference)) and not torch.equal(moved, written)
 
 
 def _walk(tree: TokenTree, generator: torch.Generator, device: torch.device) -> bool:

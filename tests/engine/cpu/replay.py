@@ -186,6 +186,44 @@ def main(seed: int) -> dict[str, bool]:
         query, out = run(built, sum(counts))
         mixed.append(equal(out, batch.expected(query, sees)))
     shown["a mixed batch's rows see what they should"] = all(mixed)
+    return shown | self_checks(device)
+
+
+def self_checks(device: torch.device) -> dict[str, bool]:
+    """The check at an engine's start passes, and finds each of three kernels that is broken."""
+    from vllm_spec_plugins.engine import self_check
+
+    def refused(dtype: torch.dtype, heads_apart: bool) -> str:
+        try:
+            self_check.check(device, SIZE, HEADS, GROUPS, DIM, dtype, heads_apart)
+        except RuntimeError as error:
+            return str(error)
+        return ""
+
+    shown = {}
+    layouts = [(dtype, apart) for dtype in (torch.float32, torch.bfloat16) for apart in (True, False)]
+    shown["the start's self-check passes in both layouts and types"] = not any(refused(*layout) for layout in layouts)
+    attend, walk = self_check.tree_attention.tree_attention, self_check.tree_walk.tree_walk
+    broken: list[tuple[Any, str, Any, str]] = [
+        (
+            self_check.tree_attention,
+            "tree_attention",
+            lambda *given, words, **others: attend(*given, words=words | 1 << NODES - 1, **others),
+            "tree attention computes",
+        ),
+        (
+            self_check.tree_walk,
+            "tree_walk",
+            lambda tokens, parents, drawn, depth: walk(tokens, parents * 0, drawn, depth),
+            "the walk computes",
+        ),
+        (self_check.kv_commit, "kv_commit", lambda *given: None, "the move of K/V computes"),
+    ]
+    for module, name, replacement, sentence in broken:
+        kernel = getattr(module, name)
+        setattr(module, name, replacement)
+        shown[f"a broken {name} stops the start"] = sentence in refused(torch.float32, True)
+        setattr(module, name, kernel)
     return shown
 
 
