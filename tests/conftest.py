@@ -5,8 +5,12 @@ from __future__ import annotations
 
 import os
 import random
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    import torch
 
 # Before torch is imported anywhere: worker threads that spin cost ten times the work itself on a shared machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -22,3 +26,13 @@ def seed() -> int:
     value = int(os.environ.get("TEST_SEED") or random.SystemRandom().randrange(2**31))
     print(f"TEST_SEED={value}")
     return value
+
+
+@pytest.fixture
+def rng() -> torch.Generator:
+    """A generator whose seed is printed when the test fails; SEED=... repeats a run."""
+    import torch
+
+    seed = int(os.environ.get("SEED", random.randrange(1 << 30)))
+    print(f"SEED={seed}")
+    return torch.Generator().manual_seed(seed)

@@ -2,9 +2,9 @@
 """Measurements on real servers: speed beside plain vLLM, identity of the output, constrained answers, distribution of the
 samples.
 
-Three need no server. `acceptance`: how often the walk goes on, by how a node's children were chosen. `cohorts`: a simulation of
+Some need no server. `acceptance`: how often the walk goes on, by how a node's children were chosen. `cohorts`: a simulation of
 admission policies for SkipDecode. `cache`: what an answer cache saves, by what it evicts. `arrivals` sends requests that come
-over time, not a number at a time.
+over time, not a number at a time. `kernels`: the Triton kernels, on a GPU.
 
     python -m vllm_spec_plugins.tools.bench [speed] --plugin lookahead --plugin lookahead:guesses=8 --json speed.json
     python -m vllm_spec_plugins.tools.bench identity --plugin lookahead
@@ -14,9 +14,10 @@ over time, not a number at a time.
     python -m vllm_spec_plugins.tools.bench cohorts --rate 0.1 --rate 1
     python -m vllm_spec_plugins.tools.bench arrivals --rate 2 --plugin skipdecode:speedup=2
     python -m vllm_spec_plugins.tools.bench cache
+    python -m vllm_spec_plugins.tools.bench kernels --json kernels.json
 
 Further arguments for every server follow a ``--``: ``... bench --model M -- --max-model-len 2048``. Exit status 1 when an
-output is not plain vLLM's, or not what its schema allows.
+output is not plain vLLM's, not what its schema allows, or not what a kernel's reference computes.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from pathlib import Path
 from vllm_spec_plugins.config import SettingError
 from vllm_spec_plugins.registry import resolve
 from vllm_spec_plugins.tools import cohorts, report
+from vllm_spec_plugins.tools.kernel_cases import CASES
 from vllm_spec_plugins.tools.load import PROMPTS, TARGET
 from vllm_spec_plugins.tools.measurements import DEFAULTS, MEASUREMENTS
 from vllm_spec_plugins.tools.server import ServerError, stop_on_sigterm
@@ -99,6 +101,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help='cohorts: JSON lines {"deepest": 24, "layers": 192, "milliseconds": 206}',
     )
+    parser.add_argument(
+        "--kernel", action="append", choices=CASES, metavar="NAME", help=f"kernels: one of {', '.join(CASES)} (all)"
+    )
     parser.add_argument("--no-ngram", action="store_true", help="speed: leave out vLLM's own ngram method")
     parser.add_argument("--ngram-drafts", type=int, default=4, metavar="N", help="its drafts per step (%(default)s)")
     parser.add_argument("--ngram-longest", type=int, default=4, metavar="N", help="its longest match (%(default)s)")
@@ -142,7 +147,7 @@ def run(arguments: argparse.Namespace) -> int:
         given = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
         report.write_json(arguments.json, {"measurement": arguments.what, "arguments": given, **figures})
     if not right:
-        out.print("NOT plain vLLM's output, or not valid: see above", style="red")
+        out.print("NOT plain vLLM's output, not valid, or not the reference's: see above", style="red")
     return 0 if right else 1
 
 

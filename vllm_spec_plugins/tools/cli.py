@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_parser("demo", help="plain vLLM and a plugin side by side, on real servers", add_help=False)
     commands.add_parser(
         "bench",
-        help="measure speed, identity, JSON answers, distribution, acceptance, arrivals; simulate cohorts",
+        help="measure speed, identity, JSON answers, distribution, acceptance, arrivals, kernels; simulate cohorts",
         add_help=False,
     )
     commands.add_parser(

@@ -233,6 +233,20 @@ def check_cache(arguments: argparse.Namespace, say: Callable[[str], None]) -> tu
     return {"lines": [line.as_dict() for line in lines]}, [table], True
 
 
+def measure_kernels(
+    arguments: argparse.Namespace, say: Callable[[str], None]
+) -> tuple[dict[str, Any], list[Table], bool]:
+    """The Triton kernels, on a GPU."""
+    from vllm_spec_plugins.tools import kernels
+
+    kernels.available()
+    stopwatch = kernels.Stopwatch()
+    machine = kernels.measure_machine(stopwatch)
+    found = kernels.measure(arguments.kernel or list(kernels.CASES), stopwatch, "cuda", say)
+    figures = {"gpu": asdict(machine), "figures": [figure.as_dict(machine) for figure in found]}
+    return figures, kernels.tables(machine, found), not any(figure.wrong for figure in found)
+
+
 def _servers(
     configurations: Sequence[Configuration],
     arguments: argparse.Namespace,
@@ -258,6 +272,7 @@ MEASUREMENTS: dict[str, Callable[..., tuple[dict[str, Any], list[Table], bool]]]
     "cohorts": simulate_cohorts,
     "arrivals": measure_arrivals,
     "cache": check_cache,
+    "kernels": measure_kernels,
 }
 # prompts, max_tokens
 DEFAULTS = {
@@ -269,4 +284,5 @@ DEFAULTS = {
     "cohorts": (96, 256),
     "arrivals": (32, 128),
     "cache": (0, 0),
+    "kernels": (0, 0),
 }

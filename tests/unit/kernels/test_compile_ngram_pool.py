@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+
+from tests.unit.kernels.aot import compile_for
+from vllm_spec_plugins.kernels import ngram_pool
+
+SIGNATURE = {
+    "entries_ptr": "*i32",
+    "rows_ptr": "*i64",
+    "key_ptr": "*i64",
+    "found_ptr": "*i64",
+    "ngrams_ptr": "*i64",
+    "valid_ptr": "*u8",
+    "buckets": "i32",
+    "ways": "i32",
+    "ngram": "i32",
+    "many": "i32",
+}
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_a_pool_fits_in_the_registers_of_a_warp(capability: int) -> None:
+    lookup = compile_for(ngram_pool._lookup_kernel, SIGNATURE, {"WAYS": 32, "NGRAM": 16}, capability, 1, 1)
+    blocks = {"MANY": 256, "WAYS": 32, "NGRAM": 16}
+    insert = compile_for(ngram_pool._insert_kernel, SIGNATURE, blocks, capability, 1, 1)
+    for usage in (lookup, insert):
+        assert usage.spills == 0
+        assert usage.shared < 99 << 10
