@@ -18,7 +18,8 @@ from torch import Tensor
 PARTS, SHORTEST = 64, 512
 
 
-@triton.jit
+# The length of the longest text grows with every step: it must not make another program each time.
+@triton.jit(do_not_specialize=["span"])
 def _search_kernel(
     token_ids_ptr,
     slots_ptr,
@@ -50,7 +51,7 @@ def _search_kernel(
         left = tl.where(left == most, -1, left)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["span", "found"])
 def _guess_kernel(
     token_ids_ptr,
     slots_ptr,

@@ -42,12 +42,12 @@ def tree_walk_reference(
     path = torch.zeros(batch, max_depth, dtype=torch.int64, device=tokens.device)
     emitted = torch.full((batch, max_depth + 1), -1, dtype=torch.int64, device=tokens.device)
     emitted.scatter_(1, count, last)
-    for step in range(max_depth, 0, -1):
+    for step in range(min(max_depth, nodes), 0, -1):
         on_path = depth.gather(1, row) == step  # row 0 never is
-        node = (row - 1).clamp(min=0)
+        index = (row - 1).clamp(min=0)
         path[:, step - 1 : step] = row.where(on_path, 0)
-        emitted[:, step - 1 : step] = tokens.gather(1, node).where(on_path, emitted[:, step - 1 : step])
-        row = parents.gather(1, node).where(on_path, row)
+        emitted[:, step - 1 : step] = tokens.gather(1, index).where(on_path, emitted[:, step - 1 : step])
+        row = parents.gather(1, index).where(on_path, row)
     return path, count.squeeze(1), emitted, ((count + 1) * (last >= 0)).squeeze(1)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from vllm_spec_plugins.kernels.selection import bits_of, digit_for, kth_largest
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["limit", "least_bits"])
 def _trie_kernel(
     ngrams_ptr,
     odds_ptr,

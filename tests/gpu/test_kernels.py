@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.no_sync import no_sync
-from vllm_spec_plugins.tools.kernel_cases import CASES, Mismatch, Setup
+from vllm_spec_plugins.tools.kernel_cases import CASES, Mismatch, Setup, in_torch
 
 FULL = [pytest.param(setup, id=f"{kernel}, {setup.shape}") for kernel, setups in CASES.items() for setup in setups]
 FIRST = [pytest.param(setups[0], id=kernel) for kernel, setups in CASES.items()]
@@ -18,7 +18,9 @@ def test_a_kernel_computes_what_its_reference_does(setup: Setup) -> None:
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
     assert setup.bytes < 0.9 * free, f"needs {setup.bytes / 2**30:.0f} GiB of GPU memory, {free / 2**30:.0f} are free"
-    setup.make("cuda").check()
+    case = setup.make("cuda")
+    with in_torch():
+        case.check(case.launch)
 
 
 @pytest.mark.parametrize("setup", FIRST)
@@ -37,9 +39,8 @@ def test_a_launch_can_be_captured_in_a_graph_and_replayed(setup: Setup) -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         case.launch()
-    graph.replay()
-    torch.cuda.synchronize()
-    case.check()
+    with in_torch():
+        case.check(graph.replay)
 
 
 def test_a_replayed_graph_reads_the_trees_that_its_buffers_hold_then() -> None:
@@ -70,7 +71,7 @@ def test_a_wrong_result_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm_spec_plugins.tools import kernel_cases
 
     case = kernel_cases.tree_attention("cuda", batch=2, context=300)
-    case.check()
+    case.check(case.launch)
     reference = tree_attention.reference
 
     def other(*args: torch.Tensor, **given: object) -> None:
@@ -78,4 +79,4 @@ def test_a_wrong_result_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(tree_attention, "reference", other)
     with pytest.raises(Mismatch):
-        case.check()
+        case.check(case.launch)

@@ -23,7 +23,8 @@ def draws(tree: TokenTree, rng: torch.Generator, vocab: int) -> Tensor:
         index = tree.parents[:, node : node + 1]
         drawn.scatter_(1, index, tree.tokens[:, node : node + 1].where(followed.unsqueeze(1), drawn.gather(1, index)))
     drawn[:, 1:].masked_fill_(tree.tokens < 0, -1)
-    cut = torch.randint(4 * rows, (batch,), generator=rng)  # 0 for a request without any draw
+    cut = torch.randint(4 * rows, (batch,), generator=rng)
+    cut.masked_fill_(torch.rand(batch, generator=rng) < 0.1, 0)  # a request without any draw
     return drawn.masked_fill(torch.arange(rows) >= cut.unsqueeze(1), -1)
 
 
@@ -54,7 +55,8 @@ def test_random_trees_are_walked_as_the_rule_walks_them(
     for vocab, chainy in ((1, 0.1), (2, 0.5), (7, 0.9)):
         batch = int(torch.randint(1, 9, (), generator=rng))
         tree = random_tree(rng, batch, nodes, vocab, chainy)
-        tree = TokenTree(tree.tokens, tree.parents, int(tree.depth.max()) if vocab == 2 else nodes)
+        bound = {1: nodes, 2: int(tree.depth.max()), 7: nodes + 3}[vocab]
+        tree = TokenTree(tree.tokens, tree.parents, bound)
         drawn = draws(tree, rng, vocab)
         out = results(batch, tree.max_depth, rng)
         got = tree_walk(tree.tokens, tree.parents, drawn, tree.max_depth, out=out)

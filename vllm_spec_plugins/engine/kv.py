@@ -31,6 +31,27 @@ def moves(acceptance: Acceptance, root: Tensor) -> tuple[Tensor, Tensor, Tensor]
     return request, start + acceptance.path[request, step], start + step + 1
 
 
+def commit_paths(
+    caches: Sequence[Tensor], block_table: Tensor, block_size: int, root: Tensor, path: Tensor, num_accepted: Tensor
+) -> None:
+    """Move each accepted node to the slot of its token, without knowing on the host how many there are.
+
+    Args:
+        caches: as for `commit`.
+        block_table: [B, max_blocks] int32.
+        root: [B] int64, position of each request's root.
+        path: [B, D] int64, `num_accepted` [B] rows each, behind the root: as in Acceptance.
+    """
+    step = torch.arange(1, path.shape[1] + 1, device=path.device)
+    moved = step <= num_accepted.unsqueeze(1)
+    # What is not there to be moved stays in a slot that is the request's own and that nothing moves to: the root's, or, where
+    # nothing is accepted and there may be no root, the first token's.
+    place = root.where(num_accepted > 0, 0).unsqueeze(1)
+    source, target = place + path * moved, place + step * moved
+    request = torch.arange(len(path), device=path.device).repeat_interleave(path.shape[1])
+    commit(caches, block_table[request], block_size, source.view(-1), target.view(-1))
+
+
 def commit(caches: Sequence[Tensor], block_table: Tensor, block_size: int, source: Tensor, target: Tensor) -> None:
     """Move keys and values between positions, in every layer's paged cache.
 

@@ -20,6 +20,7 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.utils import AttentionGroup
 
+from vllm_spec_plugins.compiled import loops_for
 from vllm_spec_plugins.engine import cascade, kv
 from vllm_spec_plugins.engine.backend import backend_of
 from vllm_spec_plugins.engine.settings import settings_of
@@ -148,6 +149,12 @@ class TreeModelState(ModelState):
             return
         assert num_computed_tokens is not None
         root = num_computed_tokens[idx_mapping].long() - num_sampled.long()
+        if not loops_for(root):
+            path, accepted = verified.acceptance.path, verified.acceptance.num_accepted
+            for group, caches in enumerate(self._caches):
+                table = self._block_tables.block_tables[group].gpu[idx_mapping]
+                kv.commit_paths(caches, table, self._block_tables.block_sizes[group], root, path, accepted)
+            return
         request, source, target = kv.moves(verified.acceptance, root)
         if len(request) == 0:
             return

@@ -21,6 +21,8 @@ from vllm_spec_plugins.tree import builders
 from vllm_spec_plugins.tree.accept import Walk
 from vllm_spec_plugins.tree.topology import Topology, from_choices
 from vllm_spec_plugins.tree.tree import TokenTree
+from vllm_spec_plugins.tree.union import Forest
+from vllm_spec_plugins.tree.union import union as merged
 
 # One layer of a model of 7 to 8 B parameters: query heads, K/V heads, head size; and how vLLM pages its K/V.
 HEADS, GROUPS, DIM, PAGE = 32, 8, 128, 16
@@ -39,6 +41,7 @@ NOT_SLOWER = f"time to {REFERENCE} <= 1"
 
 
 Results = tuple[Tensor, ...]
+Launch = Callable[[], object]
 
 
 class Mismatch(Exception):
@@ -51,16 +54,17 @@ class Case:
 
     Attributes:
         launch: the kernel, as the engine calls it; outputs are there already.
-        check: launches it and raises Mismatch where its result is not the reference's.
+        check: calls what it is given, `launch` or a graph that holds it, and raises Mismatch where the result is not the
+            reference's.
         traffic: bytes that it must move at least; None = the launch costs more than they do.
         beside: what it is timed beside, by name.
     """
 
     kernel: str
-    launch: Callable[[], object]
-    check: Callable[[], None]
+    launch: Launch
+    check: Callable[[Launch], None]
     traffic: int | None = None
-    beside: Mapping[str, Callable[[], object]] = field(default_factory=dict)
+    beside: Mapping[str, Launch] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -102,9 +106,7 @@ def poison(out: Sequence[Tensor]) -> None:
         each.fill_(float("nan") if each.dtype.is_floating_point else -(1 << 30))
 
 
-def compare(
-    names: Sequence[str], launch: Callable[[], object], out: Sequence[Tensor], reference: Callable[[], Results]
-) -> None:
+def compare(names: Sequence[str], out: Sequence[Tensor], reference: Callable[[], Results], launch: Launch) -> None:
     """Launch, and raise Mismatch where `out` is not the reference's."""
     poison(out)
     launch()
@@ -181,7 +183,7 @@ def tree_attention(
     given |= {"block_table": table, "max_rows": rows, "scale": dim**-0.5}
     launch = partial(kernel.tree_attention, query, key, value, out, **given)
 
-    def check() -> None:
+    def check(launch: Launch) -> None:
         """The first and the last request; the reference takes a request at a time, and much memory."""
         launch()
         for request in {0, batch - 1}:
@@ -198,7 +200,7 @@ def tree_attention(
     scratch = torch.empty(most, heads, segments, padded, device=device)
     peaks, sums = (torch.empty(most, heads, segments, device=device) for _ in range(2))
 
-    def vllm(tokens: int) -> Callable[[], object]:
+    def vllm(tokens: int) -> Launch:
         return partial(
             unified_attention,
             query[: batch * tokens],
@@ -260,7 +262,7 @@ def tree_walk(device: str, *, batch: int, topology: Topology = TREE) -> Case:
         return kept.path, kept.num_accepted, kept.emitted, kept.num_emitted
 
     names = ("path", "num_accepted", "emitted", "num_emitted")
-    return Case("tree_walk", launch, partial(compare, names, launch, out, in_torch), beside={REFERENCE: in_torch})
+    return Case("tree_walk", launch, partial(compare, names, out, in_torch), beside={REFERENCE: in_torch})
 
 
 def coupled_topk(device: str, *, rows: int, vocabulary: int = VOCABULARY, count: int = 4) -> Case:
@@ -276,7 +278,7 @@ def coupled_topk(device: str, *, rows: int, vocabulary: int = VOCABULARY, count:
     launch = partial(kernel.coupled_topk, *given, count, out=out)
     reference = partial(kernel.coupled_topk_reference, *given, count)
 
-    def check() -> None:
+    def check(launch: Launch) -> None:
         poison(out)
         launch()
         tokens, scores = kernel.coupled_topk_reference(*given, count + 1)
@@ -289,6 +291,43 @@ def coupled_topk(device: str, *, rows: int, vocabulary: int = VOCABULARY, count:
     return Case("coupled_topk", launch, check, logits.numel() * 4, {REFERENCE: reference})
 
 
+def kv_commit(
+    device: str,
+    *,
+    batch: int,
+    layers: int = LAYERS,
+    groups: int = GROUPS,
+    dim: int = DIM,
+    page: int = PAGE,
+    context: int = 256,
+    rows: int = TREE.num_nodes + 1,
+    moved: int = 3,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Case:
+    """`moved` accepted nodes in every request, none of which stands where plain decoding would have it."""
+    from vllm_spec_plugins.kernels import kv_commit as kernel
+
+    rng = generator(device)
+    table = block_table(batch, context + rows, page, device)
+    caches = [paged_cache(table.numel(), groups, page, dim, dtype, device) for _ in range(layers)]
+    root = torch.full((batch,), context, device=device)
+    path = 2 + torch.rand(batch, rows - 2, generator=rng, device=device).argsort(1)[:, :moved].sort(1).values
+    accepted = torch.full((batch,), moved, device=device)
+    launch = partial(kernel.kv_commit, kernel.Pointers.of(caches), table, root, path, accepted)
+
+    def check(launch: Launch) -> None:
+        """Every byte of every cache, those that must stay as they are among them."""
+        expected = [cache.clone() for cache in caches]
+        kernel.kv_commit_reference(kernel.Pointers.of(expected), table, root, path, accepted)
+        launch()
+        for layer, (mine, right) in enumerate(zip(caches, expected, strict=True)):
+            equal(f"layer {layer}", mine.view(torch.int16), right.view(torch.int16))
+
+    traffic = 2 * batch * moved * layers * groups * 2 * dim * dtype.itemsize
+    in_torch = partial(kernel.kv_commit_reference, *launch.args)
+    return Case("kv_commit", launch, check, traffic, {REFERENCE: in_torch})
+
+
 def pool_lookup(device: str, *, batch: int, guesses: int = 7, ngram: int = 5, buckets: int = 512) -> Case:
     from vllm_spec_plugins.kernels import ngram_pool as kernel
 
@@ -297,7 +336,7 @@ def pool_lookup(device: str, *, batch: int, guesses: int = 7, ngram: int = 5, bu
     out = kernel.lookup(pool.entries, rows, key)
     launch = partial(kernel.lookup, pool.entries, rows, key, out=out)
     in_torch = partial(pool.lookup, rows, key)
-    check = partial(compare, ("found",), launch, (out,), lambda: (in_torch(),))
+    check = partial(compare, ("found",), (out,), lambda: (in_torch(),))
     return Case("pool_lookup", launch, check, beside={REFERENCE: in_torch})
 
 
@@ -311,7 +350,7 @@ def pool_insert(device: str, *, batch: int, guesses: int = 7, ngram: int = 5, bu
     launch = partial(kernel.insert, entries, rows, ngrams, valid)
     in_torch = partial(pool.insert, rows, ngrams, valid)
 
-    def check() -> None:
+    def check(launch: Launch) -> None:
         launch()
         in_torch()
         # The last bucket takes what is not to be stored, and is never read.
@@ -343,7 +382,7 @@ def history(device: str, *, batch: int, context: int, guesses: int = 4, length: 
     launch = partial(kernel.history_guesses, *given, SEARCHED, odds, out=out)
     in_torch = partial(history_guesses, *given)
 
-    def check() -> None:
+    def check(launch: Launch) -> None:
         poison(out)
         launch()
         ngrams, chances = in_torch()
@@ -368,8 +407,54 @@ def trie(device: str, *, batch: int, guesses: int = 7, length: int = 16, nodes: 
         assert tree.chance is not None
         return tree.tokens, tree.parents, tree.chance
 
-    check = partial(compare, ("tokens", "parents", "chance"), launch, out, in_torch)
+    check = partial(compare, ("tokens", "parents", "chance"), out, in_torch)
     return Case("trie", launch, check, beside={REFERENCE: in_torch})
+
+
+def growth(device: str, *, batch: int, depth: int = 4, ranks: int = 10, nodes: int = TREE.num_nodes) -> Case:
+    """Medusa's trees of the products of its heads' chances, which fall with the rank."""
+    from vllm_spec_plugins.kernels import growth as kernel
+
+    rng = generator(device)
+    candidates = torch.randint(VOCABULARY, (batch, depth, ranks), generator=rng, device=device)
+    chance = torch.rand(batch, depth, ranks, generator=rng, device=device).sort(2, descending=True).values
+    table = builders._products(depth, ranks, nodes, torch.device(device))
+    given = (candidates, chance, table.ranks, table.depth, table.parent, nodes, nodes, 0.0)
+    out = kernel.ranked(*given)
+    launch = partial(kernel.ranked, *given, out)
+
+    def in_torch() -> Results:
+        tree = builders.ranked(candidates, chance, nodes, nodes)
+        assert tree.chance is not None
+        return tree.tokens, tree.parents, tree.chance
+
+    check = partial(compare, ("tokens", "parents", "chance"), out, in_torch)
+    return Case("growth", launch, check, beside={REFERENCE: in_torch})
+
+
+def union(device: str, *, batch: int, each: int = 31, nodes: int = 32) -> Case:
+    """Two sources' trees of `each` nodes over few tokens, so that paths are shared."""
+    from vllm_spec_plugins.kernels import union as kernel
+
+    rng, trees = generator(device), []
+    for _ in range(2):
+        candidates = torch.rand(batch, 4, 6, generator=rng, device=device).argsort(2)
+        chance = torch.rand(batch, 4, 6, generator=rng, device=device).sort(2, descending=True).values / 2
+        trees.append(builders.ranked(candidates, chance, each, each))
+    forest = Forest.of(trees)
+    weights = torch.rand(batch, 2, generator=rng, dtype=torch.float64, device=device) + 0.5
+    fields = (forest.tokens, forest.parents, forest.odds, forest.source, weights)
+    given = (*fields, nodes, nodes, 0.0, forest.max_depth)
+    out = kernel.union(*given)
+    launch = partial(kernel.union, *given, out)
+
+    def in_torch() -> Results:
+        tree = merged(forest, weights, nodes)
+        assert tree.chance is not None
+        return tree.tokens, tree.parents, tree.chance
+
+    check = partial(compare, ("tokens", "parents", "chance"), out, in_torch)
+    return Case("union", launch, check, beside={REFERENCE: in_torch})
 
 
 def _at(batches: Sequence[int], make: Callable[..., Case], also: str = "", **given: int) -> list[Setup]:
@@ -383,6 +468,15 @@ CASES: dict[str, list[Setup]] = {
         Setup(f"{rows} rows of {VOCABULARY}, 4 children", 0, partial(coupled_topk, rows=rows), NOT_SLOWER)
         for rows in (8, 64, 256)
     ],
+    "kv_commit": [
+        Setup(
+            f"batch {batch:2}, {LAYERS} layers, 3 nodes each",
+            3 * LAYERS * batch * 20 * PAGE * GROUPS * 2 * DIM * 2,
+            partial(kv_commit, batch=batch),
+            "share of a step <= 0.01",
+        )
+        for batch in (8, 64)
+    ],
     "pool_lookup": _at((1, 64), pool_lookup, ", 7 5-grams a bucket"),
     "pool_insert": _at((1, 64), pool_insert, ", 15 5-grams"),
     "history": [
@@ -390,4 +484,6 @@ CASES: dict[str, list[Setup]] = {
         *_at((64,), history, ", 32k tokens", context=32768),
     ],
     "trie": _at((1, 64), trie, ", 7 guesses of 16, 32 nodes"),
+    "growth": _at((1, 64), growth, f", 4 heads of 10, {TREE.num_nodes} nodes"),
+    "union": _at((1, 64), union, ", 31 and 31 nodes to 32"),
 }

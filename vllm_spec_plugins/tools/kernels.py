@@ -201,7 +201,7 @@ def _figure(setup: Setup, device: str, stopwatch: Callable[[Callable[[], object]
     case = setup.make(device)
     with in_torch():  # nothing in it is the engine's: what it chooses by itself is for what the kernel stands beside
         try:
-            case.check()
+            case.check(case.launch)
         except Mismatch as mismatch:
             return Figure(case.kernel, setup.shape, wrong=str(mismatch))
         beside = {name: stopwatch(launch) for name, launch in case.beside.items()}

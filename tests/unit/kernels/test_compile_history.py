@@ -29,3 +29,11 @@ def test_a_text_s_places_fit_in_registers(
     for usage in (search, guess):
         assert usage.spills == 0
         assert usage.shared < 99 << 10
+
+
+def test_what_is_one_at_run_time_is_compiled_as_a_constant() -> None:
+    ones = {"guesses": 1, "length": 1}
+    search = {"SEARCHED": 3, "BLOCK_SIZE": 512, "guesses": 1}
+    assert compile_for(history._search_kernel, SIGNATURE, search, 90, 4, 1).spills == 0
+    guess = {**ones, "FOUND": 1, "BLOCK_G": 1, "BLOCK_L": 1, "LONGEST": 16}
+    assert compile_for(history._guess_kernel, SIGNATURE, guess, 90, 1, 1).spills == 0

@@ -26,3 +26,11 @@ def test_a_pool_fits_in_the_registers_of_a_warp(capability: int) -> None:
     for usage in (lookup, insert):
         assert usage.spills == 0
         assert usage.shared < 99 << 10
+
+
+def test_what_is_one_at_run_time_is_compiled_as_a_constant() -> None:
+    ones = {"buckets": 1, "ways": 1}
+    lookup = {**ones, "WAYS": 1, "NGRAM": 2}
+    assert compile_for(ngram_pool._lookup_kernel, SIGNATURE, lookup, 90, 1, 1).spills == 0
+    insert = {**ones, "many": 1, "MANY": 1, "WAYS": 1, "NGRAM": 2}
+    assert compile_for(ngram_pool._insert_kernel, SIGNATURE, insert, 90, 1, 1).spills == 0

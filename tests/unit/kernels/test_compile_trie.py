@@ -26,3 +26,9 @@ def test_the_ngrams_fit_in_registers(count: int, length: int, nodes: int, warps:
     usage = compile_for(trie._trie_kernel, SIGNATURE, blocks, capability, warps, 1)
     assert usage.spills == 0
     assert usage.shared < 99 << 10
+
+
+def test_what_is_one_at_run_time_is_compiled_as_a_constant() -> None:
+    ones = {"count": 1, "length": 1, "nodes": 1}
+    blocks = {"BLOCK_G": 1, "BLOCK_L": 1, "BLOCK_N": 1, "DIGIT": 7}
+    assert compile_for(trie._trie_kernel, SIGNATURE, {**ones, **blocks}, 90, 1, 1).spills == 0

@@ -68,7 +68,7 @@ def test_every_target_asks_for_something_that_is_measured() -> None:
 
 
 def test_what_is_wrong_is_said_and_neither_timed_nor_called_a_success() -> None:
-    def fails() -> None:
+    def fails(launch: Callable[[], object]) -> None:
         raise Mismatch("out: 3 of 8 values differ")
 
     def never(launch: Callable[[], object]) -> list[float]:
@@ -87,7 +87,7 @@ def test_cases_are_made_one_at_a_time_checked_and_then_timed(monkeypatch: pytest
         def make(device: str) -> Case:
             order.append(f"make {name} on {device}")
             launch, other = (lambda: order.append(f"launch {name}")), (lambda: order.append(f"other {name}"))
-            return Case("k", launch, lambda: order.append(f"check {name}"), beside={"other": other})
+            return Case("k", launch, lambda _: order.append(f"check {name}"), beside={"other": other})
 
         return Setup(name, 0, make)
 
