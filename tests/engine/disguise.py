@@ -87,7 +87,7 @@ def with_loops(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def disguise(monkeypatch: pytest.MonkeyPatch, warm: int = 3) -> Steps:
     """Engines that are made from now on run this package's stages there."""
-    from vllm_spec_plugins.engine import attention, drafter, model_state, sampler, speculator, state
+    from vllm_spec_plugins.engine import drafter, model_state, sampler, speculator, state
 
     steps = Steps(warm)
     monkeypatch.setattr(compiled, "use_loops", False)
@@ -121,7 +121,8 @@ def disguise(monkeypatch: pytest.MonkeyPatch, warm: int = 3) -> Steps:
     monkeypatch.setattr(
         model_state, "tree_positions", lambda given, trees, batch: positions(given, trees, batch_of(batch))
     )
-    monkeypatch.setattr(attention, "TreeStep", lambda trees, made=attention.TreeStep: made(on_host(trees)))
+    made = model_state.TreeStep
+    monkeypatch.setattr(model_state, "TreeStep", lambda trees: made(on_host(trees)))
     kind = model_state.TreeModelState
     bound, post = kind.initialize_kv_cache, steps("postprocess_state", kind.postprocess_state)
 
