@@ -265,7 +265,6 @@ register(
         rule=_rule,
         check=_check_specinfer,
         slots=lambda settings: settings.most_nodes,
-        devices=("cpu",),
     )
 )
 register(
