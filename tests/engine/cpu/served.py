@@ -35,9 +35,10 @@ def main(lane: str) -> dict[str, Any]:
         return launch(self, *arguments, **given)
 
     GridExecutor.__call__ = counted
-    found = {}
+    found, made = {}, []  # engines live as long as the process: shutting one down tears down what all of them share
     for name, settings in job["plugins"].items():
         llm = LLM(str(TARGET), **{**DEFAULTS, **vllm_spec_plugins.engine_args(name, **settings)})
+        made.append(llm)
         launches.clear()  # those of the start
         requests = [{"prompt_token_ids": request["prompt"]} for request in job["batch"]]
         params = [SamplingParams(**request["params"]) for request in job["batch"]]
