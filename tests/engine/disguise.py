@@ -121,16 +121,19 @@ def disguise(monkeypatch: pytest.MonkeyPatch, warm: int = 3) -> Steps:
     monkeypatch.setattr(
         model_state, "tree_positions", lambda given, trees, batch: positions(given, trees, batch_of(batch))
     )
-    monkeypatch.setattr(attention, "TreeStep", lambda trees, made=attention.TreeStep: made(on_host(trees)))
+    where = model_state if hasattr(model_state, "TreeStep") else attention
+    monkeypatch.setattr(where, "TreeStep", lambda trees, made=where.TreeStep: made(on_host(trees)))
     kind = model_state.TreeModelState
     bound, post = kind.initialize_kv_cache, steps("postprocess_state", kind.postprocess_state)
 
     def initialize(self: Any, kv_cache_config: Any, block_tables: Any) -> None:
         with torch.inference_mode(), device():
             bound(self, kv_cache_config, block_tables)
-            self._caches, self._block_tables = on_device(self._caches), There(block_tables)
+            self._block_tables = There(block_tables)
+            for each in self._commits + [each._commit for each in self.speculator.drafters]:
+                each.caches = on_device(each.caches)
             for each in self.speculator.drafters:
-                each.table, each.caches = on_device(each.table), on_device(each.caches)
+                each.table = on_device(each.table)
 
     monkeypatch.setattr(kind, "initialize_kv_cache", initialize)
     monkeypatch.setattr(kind, "postprocess_state", post)
