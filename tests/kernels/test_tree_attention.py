@@ -179,7 +179,16 @@ def test_random_calls_give_what_the_plain_version_gives(rng: torch.Generator) ->
         case = random_case(rng)
         assert_right(case, case.run())
         met |= case.features
-    needed = {"empty=True", "first=True", "root=True", "layout=NHD", "layout=HND", "window=257", "soft_cap=2.0", "splits=8"}
+    needed = {
+        "empty=True",
+        "first=True",
+        "root=True",
+        "layout=NHD",
+        "layout=HND",
+        "window=257",
+        "soft_cap=2.0",
+        "splits=8",
+    }
     assert needed <= met, f"these {CASES} calls lack {needed - met}"
 
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_spec_plugins.engine import kv
@@ -39,6 +41,10 @@ class DeviceDrafter(LoadedDraft):
         self.levels = 0  # of the deepest tree so far
         # How many tokens may be known of each request that have no K/V yet, the root included.
         self.most = np.ones(requests, dtype=np.int64)
+
+    def bind(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables) -> None:
+        super().bind(kv_cache_config, block_tables)
+        self._commit = kv.PathCommit(self.caches, self.block_size)
 
     def add_request(self, slot: int, computed: int) -> None:
         """A request moves into `slot` with `computed` tokens in the prefix cache, the draft's K/V with them."""
@@ -87,7 +93,7 @@ class DeviceDrafter(LoadedDraft):
             now = now + goes_on
         if path:
             found = torch.stack(path, 1)
-            kv.commit_paths(self.caches, self.table[slots], self.block_size, root, found, (found > 0).sum(1))
+            self._commit(self.table, slots, root, found, (found > 0).sum(1))
         return now
 
     def _read(self, seen: Tensor, ends: Tensor, max_length: int) -> Tensor:

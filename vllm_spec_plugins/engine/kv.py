@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from vllm_spec_plugins.compiled import kernels_for
 from vllm_spec_plugins.engine.attention import key_blocks, value_blocks
 from vllm_spec_plugins.engine.backend import on_triton
 from vllm_spec_plugins.tree.accept import Acceptance
@@ -29,6 +31,35 @@ def moves(acceptance: Acceptance, root: Tensor) -> tuple[Tensor, Tensor, Tensor]
     request, step = (accepted & (acceptance.path != steps)).nonzero(as_tuple=True)
     start = root[request]
     return request, start + acceptance.path[request, step], start + step + 1
+
+
+class PathCommit:
+    """Commits paths in the caches of one K/V cache group; what kernels need to know of them is found out once.
+
+    Args:
+        caches: per layer, as for `commit`.
+    """
+
+    def __init__(self, caches: Sequence[Tensor], block_size: int) -> None:
+        self.caches, self.block_size = caches, block_size
+        self.pointers: list[Any] = []
+        if caches and kernels_for(caches[0]):
+            from vllm_spec_plugins.kernels.kv_commit import Pointers
+
+            kinds: dict[Any, list[Tensor]] = {}
+            for cache in caches:
+                kinds.setdefault((cache.shape, cache.stride(), cache.dtype), []).append(cache)
+            self.pointers = [Pointers.of(alike) for alike in kinds.values()]
+
+    def __call__(self, block_table: Tensor, slots: Tensor, root: Tensor, path: Tensor, num_accepted: Tensor) -> None:
+        """As `commit_paths`, with the block table of all requests [R, max_blocks] and this batch's `slots` [B] in it."""
+        if kernels_for(root):
+            from vllm_spec_plugins.kernels.kv_commit import kv_commit
+
+            for alike in self.pointers:
+                kv_commit(alike, block_table, root, path, num_accepted, slots)
+            return
+        commit_paths(self.caches, block_table[slots], self.block_size, root, path, num_accepted)
 
 
 def commit_paths(

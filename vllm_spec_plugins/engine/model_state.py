@@ -79,6 +79,7 @@ class TreeModelState(ModelState):
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables) -> None:
         super().initialize_kv_cache(kv_cache_config, block_tables)
         self._block_tables = block_tables
+        self._commits: list[kv.PathCommit] = []
         self._draft_layers = frozenset(name for drafter in self.speculator.drafters for name in drafter.own)
         layers = self.vllm_config.compilation_config.static_forward_context
         backend = backend_of(self.device)
@@ -89,6 +90,7 @@ class TreeModelState(ModelState):
                 kinds.add(backend.kind_of(layer, group.kv_cache_spec.block_size))
             own = [name for name in group.layer_names if name not in self._draft_layers]
             self._caches.append([layers[name].kv_cache for name in own])
+            self._commits.append(kv.PathCommit(self._caches[-1], group.kv_cache_spec.block_size))
         for kind in kinds:
             backend.check_layout(*kind)
         for drafter in self.speculator.drafters:
@@ -151,9 +153,8 @@ class TreeModelState(ModelState):
         root = num_computed_tokens[idx_mapping].long() - num_sampled.long()
         if not loops_for(root):
             path, accepted = verified.acceptance.path, verified.acceptance.num_accepted
-            for group, caches in enumerate(self._caches):
-                table = self._block_tables.block_tables[group].gpu[idx_mapping]
-                kv.commit_paths(caches, table, self._block_tables.block_sizes[group], root, path, accepted)
+            for group, move in enumerate(self._commits):
+                move(self._block_tables.block_tables[group].gpu, idx_mapping, root, path, accepted)
             return
         request, source, target = kv.moves(verified.acceptance, root)
         if len(request) == 0:

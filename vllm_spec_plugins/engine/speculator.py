@@ -174,6 +174,8 @@ class TreeSpeculator(BaseSpeculator):
         max_length = int(input_batch.seq_lens_cpu_upper_bound.numpy()[: input_batch.num_reqs].max()) + 1
         if input_batch.has_prefill:
             max_length = max(max_length, int(input_batch.prefill_len_np.max()))
+        if not loops_for(slots):
+            slots, num_sampled = slots.long(), num_sampled.long()
         context = StepContext(
             slots=slots,
             token_ids=self.req_states.all_token_ids.gpu,

@@ -103,7 +103,7 @@ def accept_down_to(tree: TokenTree, row: Tensor, drawn: Tensor) -> Acceptance:
 
 def accept_without(tree: TokenTree, wrong: Tensor, drawn: Tensor) -> Acceptance:
     """Accept the path to the deepest row that no `wrong` [B, N] node leads to; what lies behind it is the target's draw."""
-    if not loops_for(drawn) and kernels_for(drawn):
+    if kernels_for(drawn):
         from vllm_spec_plugins.kernels.tree_walk import tree_walk
 
         return Acceptance(*tree_walk(tree.tokens, tree.parents, drawn, tree.max_depth, wrong))
