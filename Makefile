@@ -1,5 +1,5 @@
 # Every target does its own set-up; any of them can be run again, also after an interruption.
-.PHONY: help setup lint test unit kernels engine serve demo bench test-gpu bench-gpu clean
+.PHONY: help setup lint test unit kernels engine engine-interpreted serve demo bench test-gpu bench-gpu clean
 
 PY := .venv/bin/python
 STEP = @printf '\n== %s\n'
@@ -29,6 +29,12 @@ unit engine: setup
 kernels: setup
 	$(STEP) "tests/$@"
 	@TRITON_INTERPRET=1 $(PY) -m pytest tests/$@ --durations=8 -n 2 --dist loadfile
+
+# The engine suite on what a GPU would run, interpreted: hours. LANE=kernels leaves vLLM's small kernels to the CPU's versions.
+LANE ?= interpreted
+engine-interpreted: setup
+	$(STEP) "tests/engine, TEST_LANE=$(LANE)"
+	@TEST_LANE=$(LANE) $(PY) -m pytest tests/engine --ignore tests/engine/cpu --timeout 3600 --durations=8 -n 2 --dist loadfile
 
 serve: setup
 	$(STEP) "tests/$@"

@@ -197,6 +197,8 @@ def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
         return type(value)(
             **{each.name: _mapped(getattr(value, each.name), change) for each in fields(value) if each.init}
         )
+    if isinstance(value, dict):
+        return {key: _mapped(each, change) for key, each in value.items()}
     if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
         return type(value)(_mapped(each, change) for each in value)
     return value

@@ -85,6 +85,7 @@ class Method:
     slots       settings -> K/V slots behind the root that its draft models write to
     check       settings, target: raises SettingError when they do not fit together; before the engine's processes start
     schedule    settings, layers of the model -> Schedule, where rows run part of the layers; raises SettingError. LOSSY
+    devices     kinds of devices that its proposer has code for
     """
 
     settings: type[Settings]
@@ -93,6 +94,7 @@ class Method:
     check: Callable[[Any, Target], None] | None = None
     slots: Callable[[Any], int] = lambda _: 0
     schedule: Callable[[Any, int], Schedule] | None = None
+    devices: tuple[str, ...] = ("cpu", "cuda")
 
     def shape(self, settings: Settings) -> tuple[int, int]:
         """Nodes per tree without the root, and the depth of the deepest; (0, 0) without speculation."""

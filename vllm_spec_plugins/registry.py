@@ -274,6 +274,7 @@ register(
         rule=_rule,
         check=_check_self_draft,
         slots=lambda settings: settings.nodes,
+        devices=("cpu",),
     )
 )
 register(Method(MixSettings, proposer=_mix, rule=_rule, check=_check_mix, slots=_mixed_slots))
@@ -284,6 +285,7 @@ register(
         rule=lambda settings: Deferral(settings.deferral()),
         check=_check_cascade,
         slots=lambda settings: 0 if settings.source is None else method_of(settings.source).slots(settings.source),
+        devices=("cpu",),
     )
 )
 register(Method(SkipDecodeSettings, proposer=None, rule=lambda _: Walk(), schedule=SkipDecodeSettings.schedule))

@@ -120,6 +120,32 @@ def test_commit_reads_every_source_before_it_writes(seed: int) -> None:
     assert torch.equal(cache[untouched], before[untouched])
 
 
+def test_paths_are_committed_alike_whether_or_not_the_host_knows_the_moves(seed: int) -> None:
+    from vllm_spec_plugins.engine import kv
+
+    generator = torch.Generator().manual_seed(seed)
+    moved = 0
+    for _ in range(20):
+        batch, depth, size = 3, 4, 32
+        cache = torch.randn(12, 2, size, 16, generator=generator)
+        before = cache.clone()
+        table = (1 + torch.randperm(11, generator=generator)[:9]).view(batch, 3).int()
+        # The last request is inside its prompt: what would be its root stands in a block that is another one's by now.
+        table[2, 1:] = table[0, :2]
+        path = torch.rand(batch, 9, generator=generator).topk(depth, 1).indices.sort(1).values + 1
+        accepted = torch.randint(depth + 1, (batch,), generator=generator)
+        accepted[2] = 0
+        path = path.masked_fill(torch.arange(depth) >= accepted.unsqueeze(1), 0)
+        root = torch.randint(50, (batch,), generator=generator)
+        root[2] = 33
+        request, source, target = kv.moves(Acceptance(path, accepted, torch.empty(0), torch.empty(0)), root)
+        kv.commit([before], table[request], size, source, target)
+        kv.commit_paths([cache], table, size, root, path, accepted)
+        assert torch.equal(cache, before)
+        moved += len(request)
+    assert moved > 0
+
+
 def test_a_path_along_the_row_order_moves_nothing() -> None:
     from vllm_spec_plugins.engine import kv
 

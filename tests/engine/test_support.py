@@ -33,6 +33,7 @@ def config(**changes: Any) -> Any:
             "is_diffusion": False,
             "is_moe": False,
             "get_total_num_hidden_layers": lambda: 8,
+            "get_head_size": lambda: 128,
             "return_sampling_mask": False,
             "enable_trace_replay": False,
             "get_sliding_window": lambda: None,
@@ -58,6 +59,7 @@ def config(**changes: Any) -> Any:
     return SimpleNamespace(**{name: SimpleNamespace(**part) for name, part in parts.items()}, **whole)
 
 
+SCHEDULE = "skipdecode:speedup=1.5,warmup=3"
 KINDS: list[tuple[dict[str, Any], str]] = [
     ({"runner_type": "pooling"}, "a pooling model (some/model) is not supported; use a model that generates text"),
     (
@@ -89,9 +91,35 @@ OF_TREES: list[tuple[dict[str, Any], str]] = [
     ),
     ({"watermark_config": object()}, "watermarking"),
     (
-        {"device_type": "cuda"},
-        "tree attention on cuda devices is not supported; this release verifies trees on the CPU",
+        {"device_type": "xpu"},
+        "tree attention on xpu devices is not supported; this release verifies trees on the CPU and on CUDA devices",
     ),
+]
+# On a CUDA device: plugin, what is changed in the model's configuration, compute capability, and the sentence.
+OF_CUDA: list[tuple[str, dict[str, Any], tuple[int, int] | None, str]] = [
+    ("lookahead", {}, (7, 5), "a device of compute capability 7.5 is not supported; it needs 8.0 or more"),
+    ("lookahead", {}, None, "a device of compute capability unknown is not supported"),
+    ("lookahead", {"get_head_size": lambda: 288}, (9, 0), "heads of 288 is not supported; it goes up to 256 there"),
+    (
+        "lookahead",
+        {"cache_dtype": "int8_per_token_head"},
+        (9, 0),
+        "--kv-cache-dtype int8_per_token_head is not supported",
+    ),
+    (
+        "self-draft:skip=1+2",
+        {},
+        (9, 0),
+        "self-draft on CUDA devices is not supported; this release runs it on the CPU only",
+    ),
+    (
+        "lookahead:window=0 & self-draft:skip=1+2",
+        {},
+        (9, 0),
+        "self-draft on CUDA devices is not supported",
+    ),
+    ("cascade:rule=difference:0.1 & self-draft:exit_layer=4", {}, (9, 0), "cascade on CUDA devices is not supported"),
+    (SCHEDULE, {}, (9, 0), "a schedule of layers on cuda devices is not supported"),
 ]
 OF_SCHEDULES: list[tuple[dict[str, Any], str]] = [
     ({"lora_config": object()}, "--enable-lora, which names an adapter per row"),
@@ -106,7 +134,6 @@ OF_SCHEDULES: list[tuple[dict[str, Any], str]] = [
         "warmup=3 is more than the 2 layers of the model; use warmup=2 or less",
     ),
 ]
-SCHEDULE = "skipdecode:speedup=1.5,warmup=3"
 
 
 @pytest.mark.parametrize(
@@ -128,6 +155,80 @@ def test_each_unsupported_kind_is_named(plugin: str, change: dict[str, Any], wha
     assert what in message
     assert "\n" not in message
     check_engine(config(**change), registry.resolve("none"))  # plain decoding runs wherever the runner does
+
+
+class CudaPlatform:
+    """What the checks ask of vLLM's platform."""
+
+    def __init__(self, capability: tuple[int, int] | None, rocm: bool = False) -> None:
+        self.capability, self.rocm = capability, rocm
+
+    def is_cuda(self) -> bool:
+        return not self.rocm
+
+    def get_device_capability(self) -> Any:
+        from vllm.platforms.interface import DeviceCapability
+
+        return self.capability and DeviceCapability(*self.capability)
+
+
+@pytest.mark.parametrize(("plugin", "change", "capability", "what"), OF_CUDA)
+def test_each_unsupported_kind_of_cuda_device_is_named(
+    plugin: str,
+    change: dict[str, Any],
+    capability: tuple[int, int] | None,
+    what: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from vllm_spec_plugins.engine import support
+
+    monkeypatch.setattr(support, "current_platform", CudaPlatform(capability))
+    settings = registry.resolve(plugin)
+    with pytest.raises(SettingError) as refusal:
+        support.check_engine(config(device_type="cuda", **change), settings)
+    assert what in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "plugin", ["lookahead", "jacobi", "specinfer:model=a/b", "lookahead:window=0 & medusa:model=a/b"]
+)
+def test_cuda_devices_of_capability_8_are_served_and_rocm_is_not(plugin: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_spec_plugins.engine import support
+
+    settings = registry.resolve(plugin)
+    monkeypatch.setattr(support, "current_platform", CudaPlatform((8, 0)))
+    assert list(support._unsupported_by_trees(config(device_type="cuda"), settings)) == []
+    monkeypatch.setattr(support, "current_platform", CudaPlatform((9, 0), rocm=True))
+    ((what, _),) = support._unsupported_by_trees(config(device_type="cuda"), settings)
+    assert what == "tree attention on ROCm devices"
+
+
+def test_the_triton_backend_is_chosen_on_cuda_and_another_one_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.config import AttentionConfig
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    from vllm_spec_plugins.engine import support
+
+    def chosen(plugin: str, backend: Any = None, **of_config: Any) -> Any:
+        arguments = SimpleNamespace(attention_backend=backend, attention_config=AttentionConfig(**of_config))
+        support.choose_attention(arguments, registry.resolve(plugin))
+        return arguments.attention_backend
+
+    assert chosen("lookahead") is None, "on a CPU nothing is chosen"
+    monkeypatch.setattr(support, "current_platform", CudaPlatform((9, 0)))
+    triton = AttentionBackendEnum.TRITON_ATTN
+    assert chosen("lookahead") == chosen("lookahead", "auto") == chosen("lookahead", "triton_attn") == triton
+    assert chosen("none", "FLASH_ATTN") == "FLASH_ATTN"
+    for given, flag in (
+        ({"backend": "FLASH_ATTN"}, "--attention-backend FLASH_ATTN"),
+        (
+            {"backend_per_kind": {"full_attention": "FLASHINFER"}},
+            "--attention-config.backend_per_kind.full_attention FLASHINFER",
+        ),
+    ):
+        with pytest.raises(SettingError, match=f"{flag} does not verify trees; use TRITON_ATTN, or leave it out"):
+            chosen("lookahead", **given)
 
 
 def test_other_flags_and_the_environment_may_not_contradict_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:

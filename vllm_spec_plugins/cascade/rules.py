@@ -22,7 +22,7 @@ from torch import Tensor
 from vllm_spec_plugins.compiled import loops_for
 from vllm_spec_plugins.layers.exit_policy import ExitPolicy
 from vllm_spec_plugins.layers.exits import policy
-from vllm_spec_plugins.tree.accept import Acceptance, TargetRows, accept_down_to, deepest_reachable
+from vllm_spec_plugins.tree.accept import Acceptance, TargetRows, accept_without
 from vllm_spec_plugins.tree.tree import TokenTree
 
 
@@ -206,7 +206,7 @@ class Deferral:
         threshold = self.rule.threshold if target.threshold is None else target.threshold.unsqueeze(1)
         good = self.rule.score(tree.confidence, target.logits, line, tokens) >= threshold
         good &= target.logits[line, tokens] > -math.inf
-        return accept_down_to(tree, deepest_reachable(tree, refused(tree, good, drawn)), drawn)
+        return accept_without(tree, refused(tree, good, drawn), drawn)
 
 
 def refused(tree: TokenTree, good: Tensor, drawn: Tensor) -> Tensor:

@@ -21,15 +21,16 @@ def install(*, for_every_engine: bool = True, async_scheduling: bool | None = No
     """
     from vllm.triton_utils import HAS_TRITON
 
-    from vllm_spec_plugins.cpu.hooks import ASYNC_VARIABLE, FAST_LANE, HOOKS, INTERPRETED
+    from vllm_spec_plugins.cpu import interpreted
+    from vllm_spec_plugins.cpu.hooks import ASYNC_VARIABLE, FAST_LANE, HOOKS, INTERPRETED, WITHOUT_TRITON
     from vllm_spec_plugins.hook import apply
 
     if os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "1").strip().lower() in ("0", "false"):
         raise RuntimeError("VLLM_USE_V2_MODEL_RUNNER=0 contradicts --plugin, which runs on vLLM's V2 runner: unset it")
     if not HAS_TRITON:
-        apply(HOOKS + FAST_LANE)
+        apply(HOOKS + WITHOUT_TRITON + FAST_LANE)
     elif os.environ.get("TRITON_INTERPRET") == "1":
-        apply(HOOKS + INTERPRETED)
+        apply(HOOKS + INTERPRETED + (FAST_LANE if interpreted.only_attention else ()))
     else:  # a Triton that compiles for the CPU: vLLM's own kernels run
         apply(HOOKS)
     _warn_of_broken_companions()

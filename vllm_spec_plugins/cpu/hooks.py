@@ -138,7 +138,7 @@ HOOKS: tuple[Hook, ...] = (
 )
 
 # Without Triton only.
-FAST_LANE: tuple[Hook, ...] = (
+WITHOUT_TRITON: tuple[Hook, ...] = (
     Hook(
         target="vllm.config.vllm:HAS_TRITON",
         why="the config refuses Model Runner V2 without Triton, whoever supplies its kernels",
@@ -153,6 +153,10 @@ FAST_LANE: tuple[Hook, ...] = (
         upstream="goes when the placeholder has it, as it has cdiv",
         replacement=_next_power_of_2,
     ),
+)
+
+# Wherever versions of V2's kernels for the CPU stand in for them.
+FAST_LANE: tuple[Hook, ...] = (
     Hook(
         target="vllm.platforms.cpu:CpuPlatform.register_triton_kernel_overrides",
         why="the place where a platform registers its versions of Triton kernels: V2's are added",
@@ -177,6 +181,13 @@ INTERPRETED: tuple[Hook, ...] = (
         signature="bool",
         upstream="stays: for tests only",
         replacement=lambda _: False,
+    ),
+    Hook(
+        target="torch.cuda:get_device_capability",
+        why="vLLM's Triton kernel that writes the K/V cache asks the device before it chooses a tile",
+        signature="(device=None)",
+        upstream="stays: for tests only",
+        replacement=lambda _: lambda device=None: (9, 0),
     ),
 )
 

@@ -4,6 +4,9 @@
     from vllm_spec_plugins.cpu import interpreted
     interpreted.enable()  # before anything imports vllm
 
+An engine with a plugin then runs as it does on a GPU: vLLM's Triton attention on its K/V layout, and this package's kernels
+wherever there is one (`compiled.kernels_for`).
+
 An entry point for a "cpu" Triton backend would do the same for every process, but Triton does not skip it when it looks
 for the one active driver: it would break hosts that have a GPU. So it is done by hand, in the process that asks for it.
 """
@@ -14,9 +17,19 @@ import os
 import sys
 from typing import Any
 
+from vllm_spec_plugins import compiled
 
-def enable() -> None:
-    """Turn the interpreter on in this process. Needs the triton package. Raises RuntimeError when it is too late."""
+# Whether V2's small kernels keep their versions for the CPU.
+only_attention = False
+
+
+def enable(only_attention: bool = False) -> None:
+    """Turn the interpreter on in this process. Needs the triton package. Raises RuntimeError when it is too late.
+
+    `only_attention` keeps the CPU's versions of Model Runner V2's small kernels, which are tested by themselves and are most of
+    the time: what is interpreted then is attention and this package's kernels.
+    """
+    globals()["only_attention"], compiled.use_kernels = only_attention, True
     if os.environ.get("TRITON_INTERPRET") == "1" and _enabled():
         return
     late = [name for name in ("vllm.triton_utils", "vllm.platforms") if name in sys.modules]
@@ -55,14 +68,16 @@ def enable() -> None:
 
 
 def _repair_interpreter() -> None:
-    """What Triton 3.9's interpreter lacks for vLLM's kernels: masks that are not plain bool arrays, two libdevice functions."""
+    """What Triton 3.9's interpreter lacks for vLLM's kernels and ours: masks that are not plain bool arrays, products of bfloat16
+    matrices (it multiplies their bits), two libdevice functions.
+    """
     import numpy as np
     import triton.language as tl
     import triton.language.extra.libdevice as libdevice
     from triton.runtime import interpreter
 
     builder = interpreter.InterpreterBuilder
-    load, store = builder.create_masked_load, builder.create_masked_store
+    load, store, dot = builder.create_masked_load, builder.create_masked_store, builder.create_dot
 
     def plain(mask: Any) -> Any:
         return interpreter.TensorHandle(np.ascontiguousarray(mask.data, dtype=np.bool_), tl.int1)
@@ -73,7 +88,16 @@ def _repair_interpreter() -> None:
     def create_masked_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
         return store(self, ptrs, value, plain(mask), *rest)
 
+    def widened(matrix: Any) -> Any:
+        if matrix.dtype.scalar != tl.bfloat16:
+            return matrix
+        return interpreter.TensorHandle((matrix.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def create_dot(self: Any, left: Any, right: Any, *rest: Any) -> Any:
+        return dot(self, widened(left), widened(right), *rest)
+
     builder.create_masked_load, builder.create_masked_store = create_masked_load, create_masked_store
+    builder.create_dot = create_dot
 
     def elementwise(function: Any, dtype: Any) -> Any:
         def apply(value: Any) -> Any:

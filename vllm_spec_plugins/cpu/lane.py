@@ -58,7 +58,13 @@ def jit_functions() -> Iterator[tuple[str, Any]]:
         if not name.startswith(V2_RUNNER + "."):
             continue
         for attribute, value in vars(module).items():
-            if isinstance(value, FunctionType) and value.__module__ == name and _is_jit(value):
+            interpreted = type(value).__name__ == "InterpretedFunction"
+            function = value.fn if interpreted else value
+            if (
+                isinstance(function, FunctionType)
+                and function.__module__ == name
+                and (interpreted or _is_jit(function))
+            ):
                 yield f"{name}.{attribute}", value
 
 
@@ -102,7 +108,11 @@ def register() -> None:
     pending = {name: KERNELS[name] for name in functions if name in KERNELS}
     if pending:
         register_kernels(pending)
-    uncovered = {id(function): Uncovered(name, function) for name, function in functions.items() if name not in KERNELS}
+    uncovered = {
+        id(function): Uncovered(name, function)
+        for name, function in functions.items()
+        if name not in KERNELS and isinstance(function, FunctionType)
+    }
     for module_name, module in list(sys.modules.items()):
         if uncovered and module_name.startswith("vllm.v1."):
             for attribute, value in list(vars(module).items()):

@@ -8,7 +8,7 @@ import os
 from functools import lru_cache
 from typing import Any
 
-from vllm_spec_plugins import CONFIG_KEY, registry
+from vllm_spec_plugins import CONFIG_KEY, compiled, registry
 from vllm_spec_plugins.config import ENVIRONMENT, FLAG, Settings
 from vllm_spec_plugins.engine import support
 from vllm_spec_plugins.engine.settings import speculative_config
@@ -28,6 +28,7 @@ def prepare(engine_args: Any, settings: Settings) -> None:
     own = speculative_config(nodes) if nodes else None
     if engine_args.speculative_config != own:  # the arguments of a restarted engine carry it already
         support.check_arguments(engine_args, settings)
+    support.choose_attention(engine_args, settings)
     engine_args.additional_config = {**(engine_args.additional_config or {}), CONFIG_KEY: settings.as_given()}
     engine_args.speculative_config = own
     os.environ[ACTIVE] = json.dumps(settings.as_given())
@@ -41,6 +42,13 @@ def check(config: Any, settings: Settings) -> None:
     from vllm_spec_plugins.engine import cohorts
 
     support.check_engine(config, settings)
+    if method_of(settings).proposer is not None and config.device_config.device_type == "cuda":
+        init_logger(f"vllm.{__name__}").info(
+            "%s %s: tree attention on CUDA devices was tested under Triton's interpreter and compiled for compute capabilities "
+            "8.0 and 9.0; it has not been measured on a GPU",
+            FLAG,
+            settings.title,
+        )
     if (scheduler := cohorts.class_for(settings, config)) is not None:
         config.scheduler_config.scheduler_cls = scheduler
     method = method_of(settings)
@@ -100,16 +108,23 @@ def install() -> None:
         from vllm_spec_plugins import cpu
 
         cpu.install(for_every_engine=False)
-        _register_attention()
+        _register_attention("CPU_ATTN")
+    elif current_platform.is_cuda():
+        _register_attention("TRITON_ATTN")
     apply(ENGINE_HOOKS)
     # vLLM warns of environment variables with its prefix that it does not know.
     envs.environment_variables.setdefault(ENVIRONMENT, lambda: os.environ.get(ENVIRONMENT))
 
 
-def _register_attention() -> None:
+def _register_attention(name: str) -> None:
+    """Put tree attention in the place of vLLM's backend `name`. What it does for rows without a tree is that backend's, so an
+    engine without a plugin gets what it would get.
+    """
     from vllm.v1.attention import selector
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-    register_backend(AttentionBackendEnum.CPU_ATTN, "vllm_spec_plugins.engine.attention.TreeAttentionBackend")
+    triton = name != "CPU_ATTN" or compiled.use_kernels
+    own = "triton_attention.TritonTreeBackend" if triton else "attention.TreeAttentionBackend"
+    register_backend(AttentionBackendEnum[name], f"vllm_spec_plugins.engine.{own}")
     # An engine built earlier in this process has left vLLM's own choice in the cache.
     selector._cached_get_attn_backend.cache_clear()

@@ -23,13 +23,17 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.forward_context import BatchDescriptor, set_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.model_loader import get_model
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.attn_utils import init_attn_backend
 from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.states import RequestState
 
-from vllm_spec_plugins.engine import attention, kv
+from vllm_spec_plugins.compiled import loops_for
+from vllm_spec_plugins.engine import kv
+from vllm_spec_plugins.engine.backend import backend_of
+from vllm_spec_plugins.engine.tree_rows import TreeRows
 from vllm_spec_plugins.proposers.base import StepContext
 from vllm_spec_plugins.tree.tree import TokenTree
 
@@ -56,10 +60,9 @@ def model_config(target: ModelConfig, model: str) -> ModelConfig:
 
 @dataclass(eq=False)
 class Step:
-    """The batch that trees are grown for: its requests' slots [B], the positions of their roots [B], their blocks [B, M]."""
+    """The batch that trees are grown for: the positions of its requests' roots [B] int64, and their blocks [B, M]."""
 
-    slots: np.ndarray
-    roots: np.ndarray
+    roots: Tensor
     table: Tensor
 
 
@@ -96,7 +99,7 @@ class PagedDraft(ABC):
 
     def warm(self, count: int) -> None:
         """A forward pass over `count` tokens that come to nothing: what is compiled is compiled then."""
-        zeros = torch.zeros(count, dtype=torch.int64)
+        zeros = torch.zeros(count, dtype=torch.int64, device=self.req_states.device)
         self._run(zeros, zeros, None, None)
 
     def bind(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables) -> None:
@@ -121,22 +124,30 @@ class PagedDraft(ABC):
     def add_request(self, slot: int, computed: int) -> None:  # noqa: B027
         """A request moves into `slot` with `computed` tokens in the prefix cache."""
 
+    def stepped(self, slots: np.ndarray, most: np.ndarray) -> None:  # noqa: B027
+        """The target has computed at most `most` [B] tokens of the requests in `slots` [B] that will be kept. Not told on a CPU,
+        where what was kept is known.
+        """
+
+    def asked(self, slots: np.ndarray) -> None:  # noqa: B027
+        """`begin` will be called for the requests in `slots` [B], on the host as on the device. Not told on a CPU."""
+
     @abstractmethod
     def begin(self, ctx: StepContext) -> Tensor:
         """See `DraftModel`."""
 
     def extend(self, tree: TokenTree, request: Tensor, row: Tensor) -> Tensor:
         """See `DraftModel`."""
-        return self._grow(tree, request, row, tree.tokens[request, row - 1])
+        token = tree.tokens[request, row - 1]
+        return self._grow(tree, request, row, token if loops_for(token) else token.clamp(min=0))
 
     def _grow(self, tree: TokenTree, request: Tensor, row: Tensor, token: Tensor) -> Tensor:
         """[M, V] float32: the logits behind rows `row` [M] (0 = the root) of trees, which hold `token` [M]."""
-        step, nodes = self.step, tree.tokens.shape[1]
-        roots = torch.from_numpy(step.roots)
+        step, nodes, roots = self.step, tree.tokens.shape[1], self.step.roots
         place = roots[request] + row
         position = (roots[request] + tree.depth[request, row]).clamp(max=self.max_len - 1)
         slot = torch.where(place < self.max_len, self._slots(step.table, request, place), NO_SLOT)
-        rows = attention.TreeRows(
+        rows = TreeRows(
             num_tokens=len(row),
             request=request,
             prefix=roots,
@@ -145,7 +156,7 @@ class PagedDraft(ABC):
             table=step.table,
             block_size=self.block_size,
         )
-        metadata = attention.only_trees(rows, slot)
+        metadata = backend_of(slot.device).only_trees(rows, slot)
         return self.model.compute_logits(self._run(token, position, dict.fromkeys(self.layers, metadata), slot)).float()
 
     def _slots(self, table: Tensor, request: Tensor, place: Tensor) -> Tensor:
@@ -171,25 +182,17 @@ class PagedDraft(ABC):
         return hidden[0] if isinstance(hidden, tuple) else hidden
 
 
-class Drafter(PagedDraft):
+class LoadedDraft(PagedDraft):
     """A draft model of its own.
 
     Args:
         number: tells the layers of several draft models apart.
-        nodes: N, most nodes per tree.
     """
 
-    def __init__(self, vllm_config: VllmConfig, model: str, number: int, req_states: RequestState, nodes: int) -> None:
+    def __init__(self, vllm_config: VllmConfig, model: str, number: int, req_states: RequestState) -> None:
         super().__init__(vllm_config, req_states)
         self.model_name, self.number, self.what = model, number, f"draft model {model}"
         self.max_tokens = vllm_config.scheduler_config.max_num_batched_tokens
-        requests = req_states.max_num_reqs
-        # Tokens whose K/V is there, per request: always a prefix.
-        self.seen = np.zeros(requests, dtype=np.int64)
-        # The nodes that the draft has got, and the root that they stand below; -1 = none.
-        self.tokens = np.full((requests, nodes), -1, dtype=np.int64)
-        self.parents = np.zeros((requests, nodes), dtype=np.int64)
-        self.grown_at = np.full(requests, -1, dtype=np.int64)
 
     def load(self, target: nn.Module) -> None:
         """Load the weights; the layers enter the target's table of layers."""
@@ -205,6 +208,47 @@ class Drafter(PagedDraft):
         after = get_layers_from_vllm_config(self.target_config, kind)
         self.layers = self.own = [name for name in after if name not in before]
 
+    def _known(
+        self, bounds: Tensor, counts: np.ndarray, lengths: Tensor, longest: int, table: Tensor, slot: Tensor
+    ) -> dict[str, Any]:
+        """Causal attention of known tokens: `counts` [P] last ones of the first `lengths` [P] int32 of P requests, of which none
+        has more than `longest`; `bounds` [P + 1] int32 on the host.
+        """
+        common = CommonAttentionMetadata(
+            query_start_loc=bounds if slot.is_cpu else async_tensor_h2d(bounds, slot.device),
+            query_start_loc_cpu=bounds,
+            seq_lens=lengths,
+            num_reqs=len(counts),
+            num_actual_tokens=len(slot),
+            max_query_len=int(counts.max()),
+            max_seq_len=longest,
+            block_table_tensor=table,
+            slot_mapping=slot,
+        )
+        metadata: dict[str, Any] = {}
+        for group in self.attn_groups:
+            metadata |= dict.fromkeys(group.layer_names, group.get_metadata_builder(0).build(0, common))
+        return metadata
+
+
+class Drafter(LoadedDraft):
+    """A draft model on the CPU, where the host knows what was accepted.
+
+    Args:
+        nodes: N, most nodes per tree.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, model: str, number: int, req_states: RequestState, nodes: int) -> None:
+        super().__init__(vllm_config, model, number, req_states)
+        requests = req_states.max_num_reqs
+        # Tokens whose K/V is there, per request: always a prefix.
+        self.seen = np.zeros(requests, dtype=np.int64)
+        # The nodes that the draft has got, and the root that they stand below; -1 = none.
+        self.tokens = np.full((requests, nodes), -1, dtype=np.int64)
+        self.parents = np.zeros((requests, nodes), dtype=np.int64)
+        self.grown_at = np.full(requests, -1, dtype=np.int64)
+        self.slots = np.zeros(0, dtype=np.int64)  # of the batch that trees are grown for
+
     def add_request(self, slot: int, computed: int) -> None:
         """A request moves into `slot` with `computed` tokens in the prefix cache, the draft's K/V with them."""
         self.seen[slot], self.grown_at[slot] = computed, -1
@@ -215,7 +259,7 @@ class Drafter(PagedDraft):
         # A request inside its prompt has no root yet: the draft reads what the target has read.
         ends = self.req_states.num_computed_tokens.gpu.numpy()[slots].astype(np.int64) + emitted
         self._keep(slots, ends)
-        self.step = Step(slots, ends - 1, self.table[ctx.slots])
+        self.slots, self.step = slots, Step(torch.from_numpy(ends - 1), self.table[ctx.slots])
         last: list[Tensor | None] = [None] * len(slots)
         first, todo = self.seen[slots], ends - self.seen[slots]
         while todo.any():
@@ -232,7 +276,7 @@ class Drafter(PagedDraft):
         return self.model.compute_logits(torch.stack(last)).float()  # type: ignore[arg-type]
 
     def extend(self, tree: TokenTree, request: Tensor, row: Tensor) -> Tensor:
-        slots, nodes = self.step.slots, tree.tokens.shape[1]
+        slots, nodes = self.slots, tree.tokens.shape[1]
         self.tokens[slots, :nodes], self.parents[slots, :nodes] = tree.tokens.numpy(), tree.parents.numpy()
         return super().extend(tree, request, row)
 
@@ -259,24 +303,11 @@ class Drafter(PagedDraft):
         np.cumsum(count, out=starts[1:])
         local = np.repeat(np.arange(len(part)), count)
         place = np.arange(starts[-1]) - starts[local] + first[local]
-        token = self.req_states.all_token_ids.gpu.numpy()[self.step.slots[part][local], place]
+        token = self.req_states.all_token_ids.gpu.numpy()[self.slots[part][local], place]
         position, table = torch.from_numpy(place), self.step.table[torch.from_numpy(part)]
         slot = self._slots(table, torch.from_numpy(local), position)
         lengths = first + count
-        bounds = torch.from_numpy(starts)
-        common = CommonAttentionMetadata(
-            query_start_loc=bounds,
-            query_start_loc_cpu=bounds,
-            seq_lens=torch.from_numpy(lengths.astype(np.int32)),
-            num_reqs=len(part),
-            num_actual_tokens=len(place),
-            max_query_len=int(count.max()),
-            max_seq_len=int(lengths.max()),
-            block_table_tensor=table,
-            slot_mapping=slot,
-        )
-        metadata: dict[str, Any] = {}
-        for group in self.attn_groups:
-            metadata |= dict.fromkeys(group.layer_names, group.get_metadata_builder(0).build(0, common))
+        bounds, seen = torch.from_numpy(starts), torch.from_numpy(lengths.astype(np.int32))
+        metadata = self._known(bounds, count, seen, int(lengths.max()), table, slot)
         hidden = self._run(torch.from_numpy(token), position, metadata, slot)
         return hidden[bounds[1:].long() - 1]

@@ -20,9 +20,12 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.utils import AttentionGroup
 
-from vllm_spec_plugins.engine import attention, cascade, kv
+from vllm_spec_plugins.compiled import loops_for
+from vllm_spec_plugins.engine import cascade, kv
+from vllm_spec_plugins.engine.backend import backend_of
 from vllm_spec_plugins.engine.settings import settings_of
 from vllm_spec_plugins.engine.state import StepTrees, TreeState
+from vllm_spec_plugins.engine.tree_rows import TreeStep
 from vllm_spec_plugins.registry import method_of
 
 if TYPE_CHECKING:
@@ -38,7 +41,8 @@ class TreeModelState(ModelState):
         self, vllm_config: VllmConfig, model: nn.Module, encoder_cache: EncoderCache | None, device: torch.device
     ) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
-        # One buffer for good: a replayed CUDA graph reads positions where it was captured.
+        # One buffer for good: a replayed CUDA graph reads positions where it was captured, in every step.
+        self._captured = vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE
         self._positions = torch.zeros(self.max_num_tokens, dtype=torch.int64, device=device)
 
     def custom_sampler(self, sampler: Sampler) -> tuple[Any, Any]:
@@ -75,24 +79,20 @@ class TreeModelState(ModelState):
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables) -> None:
         super().initialize_kv_cache(kv_cache_config, block_tables)
         self._block_tables = block_tables
+        self._commits: list[kv.PathCommit] = []
         self._draft_layers = frozenset(name for drafter in self.speculator.drafters for name in drafter.own)
         layers = self.vllm_config.compilation_config.static_forward_context
+        backend = backend_of(self.device)
         self._caches = []  # per K/V cache group, per layer
         kinds = set()  # of cache layouts: the target's, and each draft model's
         for group in kv_cache_config.kv_cache_groups:
             for layer in (layers[name] for name in group.layer_names):
-                if not isinstance(layer.impl, attention.TreeAttentionImpl):
-                    raise RuntimeError(
-                        f"--plugin: layer {layer.layer_name} runs {type(layer.impl).__name__}, not tree attention: "
-                        f"another package replaced the attention backend, or an engine was built in this process "
-                        f"before the plugin was loaded"
-                    )
-                impl, size = layer.impl, group.kv_cache_spec.block_size
-                kinds.add((layer.isa, size, impl.num_kv_heads, impl.head_size, layer.kv_cache.dtype))
+                kinds.add(backend.kind_of(layer, group.kv_cache_spec.block_size))
             own = [name for name in group.layer_names if name not in self._draft_layers]
             self._caches.append([layers[name].kv_cache for name in own])
+            self._commits.append(kv.PathCommit(self._caches[-1], group.kv_cache_spec.block_size))
         for kind in kinds:
-            attention.check_layout(*kind)
+            backend.check_layout(*kind)
         for drafter in self.speculator.drafters:
             drafter.bind(kv_cache_config, block_tables)
         if self.speculator.drafters:
@@ -119,7 +119,7 @@ class TreeModelState(ModelState):
         **kwargs: Any,
     ) -> dict[str, Any]:
         if self.state.trees is not None:
-            kwargs["model_specific_attn_metadata"] = attention.TreeStep(self.state.trees)
+            kwargs["model_specific_attn_metadata"] = TreeStep(self.state.trees)
         if self._draft_layers:  # their metadata is made when they run
             attn_groups = [
                 [group for group in groups if not self._draft_layers.issuperset(group.layer_names)]
@@ -131,10 +131,16 @@ class TreeModelState(ModelState):
 
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
         inputs = super().prepare_inputs(input_batch, req_states)
-        if self.state.trees is not None and self.state.trees.branched:  # a chain's rows stand where they are
+        trees = self.state.trees
+        trees = trees if trees is not None and trees.branched else None  # a chain's rows stand where they are
+        if trees is not None or self._captured:
             positions = self._positions[: input_batch.num_tokens_after_padding].copy_(input_batch.positions)
-            inputs["positions"] = tree_positions(positions, self.state.trees, input_batch)
+            inputs["positions"] = positions if trees is None else tree_positions(positions, trees, input_batch)
         return inputs
+
+    def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
+        inputs = super().prepare_dummy_inputs(num_reqs, num_tokens)
+        return {**inputs, "positions": self._positions[:num_tokens]} if self._captured else inputs
 
     def postprocess_state(
         self, idx_mapping: Tensor, num_sampled: Tensor, num_computed_tokens: Tensor | None = None
@@ -145,6 +151,11 @@ class TreeModelState(ModelState):
             return
         assert num_computed_tokens is not None
         root = num_computed_tokens[idx_mapping].long() - num_sampled.long()
+        if not loops_for(root):
+            path, accepted = verified.acceptance.path, verified.acceptance.num_accepted
+            for group, move in enumerate(self._commits):
+                move(self._block_tables.block_tables[group].gpu, idx_mapping, root, path, accepted)
+            return
         request, source, target = kv.moves(verified.acceptance, root)
         if len(request) == 0:
             return

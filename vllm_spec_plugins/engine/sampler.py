@@ -215,7 +215,10 @@ def likeliest(
     """
     logits = _filtered(states, logits, rows, slots)
     if not loops_for(logits):
-        raise NotImplementedError("coupled children are drawn on the CPU only")
+        from vllm_spec_plugins.kernels.coupled_topk import coupled_topk
+
+        heat, seed = states.temperature.gpu, states.seeds.gpu
+        return coupled_topk(logits, heat, seed, position, count, rows, scaled=True, coupled=coupled)
     from vllm_spec_plugins.cpu.kernels.noise import gumbel_topk
 
     index = rows.numpy()

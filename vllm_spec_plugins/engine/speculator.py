@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.outputs import DraftTokenIds
+from vllm.v1.worker.gpu.async_utils import async_copy_to_np
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 from vllm.v1.worker.gpu.spec_decode.utils import DraftTokensHandler
@@ -22,6 +24,7 @@ from vllm_spec_plugins.cascade.routes import Routes
 from vllm_spec_plugins.compiled import loops_for
 from vllm_spec_plugins.config import Settings
 from vllm_spec_plugins.engine import cascade, weights
+from vllm_spec_plugins.engine.device_drafter import DeviceDrafter
 from vllm_spec_plugins.engine.drafter import Drafter, PagedDraft
 from vllm_spec_plugins.engine.scheduling import TreeDraftTokenIds
 from vllm_spec_plugins.engine.shallow import ShallowDraft
@@ -51,7 +54,8 @@ class TreeSpeculator(BaseSpeculator):
         self.drafters: list[PagedDraft] = []
 
         def draft(model: str, nodes: int) -> PagedDraft:
-            self.drafters.append(Drafter(vllm_config, model, len(self.drafters), req_states, nodes))
+            kind = Drafter if loops_for(req_states.total_len.gpu) else DeviceDrafter
+            self.drafters.append(kind(vllm_config, model, len(self.drafters), req_states, nodes))
             return self.drafters[-1]
 
         def shallow(planner: Planner, policy: ExitPolicy | None, judges: bool) -> PagedDraft:
@@ -156,6 +160,8 @@ class TreeSpeculator(BaseSpeculator):
             for drafter in self.drafters:
                 drafter.warm(input_batch.num_tokens)
             return self.state.tokens.new_zeros(len(slots), self.proposer.num_nodes)
+        if self.drafters and not loops_for(slots):
+            self._tell_drafters(input_batch)
         if num_speculative_tokens == 0 and not self.proposer.remembers:
             self.state.end_step()
             return self.no_tree[: len(slots)]
@@ -164,8 +170,12 @@ class TreeSpeculator(BaseSpeculator):
             ends = self._ends(input_batch)
         if self.proposer.reads_draws:
             verified = self.state.verified or self._nothing_verified(slots, last_sampled)
-        # Every request can have grown by one token beyond what it computed.
+        # Every request can have grown by one token beyond what it computed; of a prompt all is known from the start.
         max_length = int(input_batch.seq_lens_cpu_upper_bound.numpy()[: input_batch.num_reqs].max()) + 1
+        if input_batch.has_prefill:
+            max_length = max(max_length, int(input_batch.prefill_len_np.max()))
+        if not loops_for(slots):
+            slots, num_sampled = slots.long(), num_sampled.long()
         context = StepContext(
             slots=slots,
             token_ids=self.req_states.all_token_ids.gpu,
@@ -186,9 +196,20 @@ class TreeSpeculator(BaseSpeculator):
             tree = self._beside_searches(context, input_batch, others)
         self.state.end_step()
         self.state.store(slots, tree)
-        # To the handler, which is given the same batch.
-        cast("Any", input_batch).tree, cast("Any", input_batch).tree_counts = tree, self._take_counts()
+        # To the handler, which is given the same batch. An asynchronous scheduler asks it about grammars alone.
+        if not self.fixed_shape or input_batch.has_structured_output_reqs:
+            cast("Any", input_batch).tree, cast("Any", input_batch).tree_counts = tree, self._take_counts()
         return tree.tokens.clamp(min=0) if self.fixed_shape else tree.tokens
+
+    def _tell_drafters(self, batch: InputBatch) -> None:
+        """What the host knows of the step: who ran, and how many of its tokens can be kept at most."""
+        drafts = batch.num_draft_tokens_per_req
+        most = batch.num_scheduled_tokens.astype(np.int64)
+        if drafts is not None:
+            most += np.minimum(drafts, self.proposer.max_depth) - drafts
+        for drafter in self.drafters:
+            drafter.stepped(batch.idx_mapping_np, most)
+            drafter.asked(batch.idx_mapping_np)
 
     def _beside_searches(self, context: StepContext, batch: InputBatch, others: np.ndarray) -> TokenTree:
         """The proposer's trees for requests `others` [n] of the batch, candidates for those of contrastive search, of which
@@ -198,7 +219,9 @@ class TreeSpeculator(BaseSpeculator):
         parents, gain = torch.zeros_like(tokens), torch.zeros(batch.num_reqs, device=tokens.device)
         confidence = None if context.deferring is None else torch.zeros(tokens.shape, device=tokens.device)
         if len(others):
-            index = torch.from_numpy(others).to(tokens.device, non_blocking=True)
+            index = async_tensor_h2d(others, tokens.device)
+            for drafter in self.drafters:
+                drafter.asked(batch.idx_mapping_np[others])
             tree = self.proposer.propose(context.take(index))
             tokens[index], parents[index] = tree.tokens, tree.parents
             if confidence is not None and tree.confidence is not None:
@@ -258,6 +281,8 @@ class TreeDraftsHandler(DraftTokensHandler):
 
     tree: TokenTree | None = None
     counts: Sequence[Tensor] = ()
+    # Number of nodes [B], expected gain [B], and `counts`, on their way from the device; None: they are on the host.
+    copied: list[np.ndarray] | None = None
 
     def set_draft_tokens(self, input_batch: InputBatch, draft_tokens: Tensor) -> None:
         self.tree, self.width = getattr(input_batch, "tree", None), draft_tokens.shape[1]
@@ -266,20 +291,42 @@ class TreeDraftsHandler(DraftTokensHandler):
             draft_tokens = torch.cat((self.tree.tokens[:, : self.width], self.tree.parents[:, : self.width]), 1)
         super().set_draft_tokens(input_batch, draft_tokens)
         self.counts = getattr(input_batch, "tree_counts", ())
+        if self.tree is not None and not draft_tokens.is_cpu:
+            self._copy(self.tree.num_nodes, _gain(self.tree), *self.counts)
+
+    def _copy(self, *tensors: Tensor) -> None:
+        """Beside what the device does next, as vLLM copies drafts; `copy_event` tells when all is there."""
+        self.copy_stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.copy_stream):
+            self.copied = [async_copy_to_np(tensor) for tensor in tensors]
+            for tensor in tensors:
+                tensor.record_stream(self.copy_stream)
+            self.copy_event.record()
 
     def get_draft_tokens(self) -> DraftTokenIds | None:
         drafts = super().get_draft_tokens()
         if drafts is None or self.tree is None:
             return drafts
-        tree, given = self.tree, drafts.draft_token_ids
-        present = [min(count, self.width) for count in tree.num_nodes.tolist()]
+        num_nodes: Tensor | np.ndarray
+        expected: Tensor | np.ndarray
+        counted: Sequence[Tensor | np.ndarray]
+        if self.copied is None:
+            num_nodes, expected, counted = self.tree.num_nodes, _gain(self.tree), self.counts
+        else:
+            self.copy_event.synchronize()
+            num_nodes, expected, *counted = self.copied
+        given, present = drafts.draft_token_ids, [min(count, self.width) for count in num_nodes.tolist()]
         tokens = [ids[:count] for ids, count in zip(given, present, strict=True)]
-        gain = (tree.num_nodes if tree.gain is None else tree.gain).tolist()
-        counts = [count for each in self.counts for count in each.tolist()]
+        gain, counts = expected.tolist(), [count for each in counted for count in each.tolist()]
         if self.draft_tokens_np is None:
             return TreeDraftTokenIds(drafts.req_ids, tokens, gain, counts=counts)
         parents = [ids[self.width : self.width + count] for ids, count in zip(given, present, strict=True)]
         return TreeDraftTokenIds(drafts.req_ids, tokens, gain, parents, counts)
+
+
+def _gain(tree: TokenTree) -> Tensor:
+    """[B], how many nodes of each tree its proposer expects to be accepted."""
+    return tree.num_nodes if tree.gain is None else tree.gain
 
 
 def _eos_token_ids(vllm_config: VllmConfig) -> tuple[int, ...]:

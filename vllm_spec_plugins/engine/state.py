@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_spec_plugins.cascade.routes import Routes
 from vllm_spec_plugins.compiled import loops_for
@@ -114,12 +115,12 @@ class TreeState:
             tree, branched, request = self._scheduled(slots, num_rows - 1)
             self.trees = StepTrees(tree, num_rows, num_trees, request, branched)
             return
-        request = torch.from_numpy(np.repeat(np.arange(len(num_rows)), num_rows))
-        scheduled = torch.from_numpy(num_rows - 1)
+        request = async_tensor_h2d(np.repeat(np.arange(len(num_rows)), num_rows), slots.device)
+        scheduled = async_tensor_h2d(num_rows - 1, slots.device)
         tree = TokenTree(self.tokens[slots], self.parents[slots], self.max_depth, confidence=self._confidence(slots))
-        tree = tree.truncate(scheduled.to(slots.device, non_blocking=True))
+        tree = tree.truncate(scheduled)
         # Whether a tree branches would have to be asked of the device.
-        self.trees = StepTrees(tree, num_rows, num_trees, request.to(slots.device, non_blocking=True), branched=True)
+        self.trees = StepTrees(tree, num_rows, num_trees, request, branched=True)
 
     def _scheduled(self, slots: Tensor, counts: np.ndarray) -> tuple[TokenTree, bool, Tensor]:
         from vllm_spec_plugins.tree import loops

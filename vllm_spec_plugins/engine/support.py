@@ -11,13 +11,19 @@ from typing import Any
 
 from vllm.config import ModelConfig, VllmConfig
 from vllm.config.compilation import CompilationMode
+from vllm.platforms import current_platform
 from vllm.tokenizers import get_tokenizer
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_spec_plugins.config import FLAG, SettingError, Settings
 from vllm_spec_plugins.depth_settings import SkipDecodeSettings
 from vllm_spec_plugins.engine import weights
 from vllm_spec_plugins.method import Draft, Target
 from vllm_spec_plugins.registry import method_of
+
+# Of vLLM's attention backends on CUDA devices, the one that this package extends.
+TREE_BACKEND = "TRITON_ATTN"
+LEAST_CAPABILITY, LARGEST_HEAD, MOST_ROWS = (8, 0), 256, 256
 
 # Releases whose seams the hooks were written against and tested with.
 TESTED_RELEASES = ("0.32",)
@@ -54,13 +60,33 @@ def check_scheduler(engine_args: Any, settings: Settings) -> None:
         )
 
 
+def choose_attention(engine_args: Any, settings: Settings) -> None:
+    """On CUDA devices: have the backend chosen that verifies trees. Raises SettingError when another one was asked for."""
+    if method_of(settings).proposer is None or not current_platform.is_cuda():
+        return
+    config = engine_args.attention_config
+    asked = {
+        "--attention-backend": engine_args.attention_backend,
+        "--attention-config.backend": config.backend,
+        **{f"--attention-config.backend_per_kind.{kind}": name for kind, name in config.backend_per_kind.items()},
+    }
+    for flag, backend in asked.items():
+        name = getattr(backend, "name", backend)
+        if name is not None and str(name).upper() not in (TREE_BACKEND, "AUTO"):
+            raise SettingError(
+                f"{FLAG} {settings.title}: {flag} {name} does not verify trees; use {TREE_BACKEND}, or leave it out"
+            )
+    if config.backend is None:
+        engine_args.attention_backend = AttentionBackendEnum[TREE_BACKEND]
+
+
 def check_engine(config: VllmConfig, settings: Settings) -> None:
     """Raise SettingError when the model or the deployment is of a kind that is not supported."""
     method = method_of(settings)
     if method.proposer is None and method.schedule is None:
         return
-    own = _unsupported_by_trees if method.schedule is None else _unsupported_by_schedules
-    for what, instead in (*_unsupported(config), *own(config)):
+    own = _unsupported_by_trees(config, settings) if method.schedule is None else _unsupported_by_schedules(config)
+    for what, instead in (*_unsupported(config), *own):
         raise SettingError(f"{FLAG} {settings.title}: {what} is not supported; {instead}")
     if method.schedule is not None:
         method.schedule(settings, config.model_config.get_total_num_hidden_layers())
@@ -132,11 +158,11 @@ def _unsupported(config: VllmConfig) -> Iterator[tuple[str, str]]:
         yield "micro-batching (--enable-dbo)", "start without it"
     if config.kv_transfer_config is not None:
         yield "a K/V connector (--kv-transfer-config)", "start without it"
-    if cache.cache_dtype.startswith("fp8"):
+    if cache.cache_dtype.startswith("fp8") or cache.cache_dtype.endswith("per_token_head"):
         yield f"--kv-cache-dtype {cache.cache_dtype}", "use --kv-cache-dtype auto"
 
 
-def _unsupported_by_trees(config: VllmConfig) -> Iterator[tuple[str, str]]:
+def _unsupported_by_trees(config: VllmConfig, settings: Settings) -> Iterator[tuple[str, str]]:
     model = config.model_config
     if model.return_sampling_mask:
         yield "--return-sampling-mask", "start without it"
@@ -146,11 +172,30 @@ def _unsupported_by_trees(config: VllmConfig) -> Iterator[tuple[str, str]]:
         yield "the structured outputs backend lm-format-enforcer", "use xgrammar, guidance, outlines or auto"
     if config.watermark_config is not None:
         yield "watermarking", "start without it"
-    if config.device_config.device_type != "cpu":
+    device = config.device_config.device_type
+    if device == "cuda" and current_platform.is_cuda():
+        yield from _unsupported_on_cuda(config, settings)
+    elif device != "cpu":
+        what = "ROCm" if device == "cuda" else device
         yield (
-            f"tree attention on {config.device_config.device_type} devices",
-            f"this release verifies trees on the CPU only: use {FLAG} none there",
+            f"tree attention on {what} devices",
+            f"this release verifies trees on the CPU and on CUDA devices: use {FLAG} none there",
         )
+
+
+def _unsupported_on_cuda(config: VllmConfig, settings: Settings) -> Iterator[tuple[str, str]]:
+    model, none = config.model_config, f"use {FLAG} none there"
+    for part in getattr(settings, "sources", None) or (settings,):
+        if "cuda" not in method_of(part).devices:
+            yield f"{part.name} on CUDA devices", f"this release runs it on the CPU only: {none}"
+    capability = current_platform.get_device_capability()
+    if capability is None or capability < LEAST_CAPABILITY:
+        found = "unknown" if capability is None else capability.as_version_str()
+        yield f"tree attention on a device of compute capability {found}", f"it needs 8.0 or more: {none}"
+    if model.get_head_size() > LARGEST_HEAD:
+        yield f"tree attention with heads of {model.get_head_size()}", f"it goes up to {LARGEST_HEAD} there: {none}"
+    if (rows := 1 + method_of(settings).shape(settings)[0]) > MOST_ROWS:
+        yield f"a tree of {rows} rows on CUDA devices", f"use settings with {MOST_ROWS - 1} nodes or fewer"
 
 
 def _unsupported_by_schedules(config: VllmConfig) -> Iterator[tuple[str, str]]:

@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from vllm_spec_plugins.compiled import loops_for
+from vllm_spec_plugins.compiled import kernels_for, loops_for
 
 # Chance that the next token repeats, by how many tokens before it repeat already (0, 1, ..). Held-out source code,
 # 16,000 positions, best match of each: .25 .50 .66 .72 .77 .82 .85 .80 .83, and .85 to .9 from there to 16 and on.
@@ -57,6 +57,11 @@ def history_guesses(
             token_ids.numpy(), slots.numpy(), lengths.numpy(), guesses, length, SEARCHED, odds_of
         )
         return torch.from_numpy(found[0]), torch.from_numpy(found[1])
+    if kernels_for(token_ids):
+        from vllm_spec_plugins.kernels import history
+
+        odds = _odds(guesses, token_ids.device)
+        return history.history_guesses(token_ids, slots, lengths, max_length, guesses, length, SEARCHED, odds)
     span = min(max_length, token_ids.shape[1])
     text = token_ids[:, :span].index_select(0, slots)  # [B, T]
     batch, device = len(slots), text.device

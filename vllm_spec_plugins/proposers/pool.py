@@ -6,6 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vllm_spec_plugins.compiled import kernels_for
+
 _SPREAD = 0x9E3779B1  # 2^32 / golden ratio: neighbouring token ids fall into distant buckets
 _MIX = 0x2545F4914F6CDD1D
 
@@ -42,6 +44,10 @@ class NgramPool:
 
     def lookup(self, rows: Tensor, key: Tensor) -> Tensor:
         """[B, ways, ngram - 1] int64: what followed `key` [B] in the pools `rows` [B], last used first, -1 = none."""
+        if kernels_for(key):
+            from vllm_spec_plugins.kernels import ngram_pool
+
+            return ngram_pool.lookup(self.entries, rows, key)
         ways = self.entries[rows, self._bucket(key)].long()
         return ways[:, :, 1:].masked_fill(ways[:, :, :1] != key.view(-1, 1, 1), -1)
 
@@ -56,6 +62,11 @@ class NgramPool:
             ngrams: [P, M, ngram] int64.
             valid: [P, M] bool, which of them to store.
         """
+        if kernels_for(ngrams):
+            from vllm_spec_plugins.kernels import ngram_pool
+
+            ngram_pool.insert(self.entries, rows, ngrams.contiguous(), valid.contiguous())
+            return
         pools, many, _ = ngrams.shape
         bucket = self._bucket(ngrams[:, :, 0]).masked_fill_(~valid, self.buckets)  # [P, M]
         where = (rows.unsqueeze(1), bucket)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vllm_spec_plugins.compiled import loops_for
+from vllm_spec_plugins.compiled import kernels_for, loops_for
 from vllm_spec_plugins.proposers.base import DraftModel, Likeliest, StepContext, least_chance
 from vllm_spec_plugins.tree.tree import TokenTree
 
@@ -251,6 +251,13 @@ def _best(
     first, are a tree, in this order too.
     """
     batch, count = tokens.shape
+    if kernels_for(tokens):
+        from vllm_spec_plugins.kernels import growth
+
+        every = torch.full((batch,), count, dtype=torch.int64, device=tokens.device)
+        token, parent, chance, order = growth.likeliest_nodes(tokens, parents, chances, every, nodes, limit, least)
+        behind = None if sure is None else sure.gather(1, order) * (token >= 0)
+        return TokenTree(token, parent, min(max_depth, nodes), chance=chance, confidence=behind)
     taken = min(nodes, count)
     chance, order = chances.sort(dim=1, descending=True, stable=True)
     chance, order = chance[:, :taken], order[:, :taken]

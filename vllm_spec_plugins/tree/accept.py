@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from vllm_spec_plugins.compiled import loops_for
+from vllm_spec_plugins.compiled import kernels_for, loops_for
 from vllm_spec_plugins.tree.tree import TokenTree
 
 
@@ -101,6 +101,15 @@ def accept_down_to(tree: TokenTree, row: Tensor, drawn: Tensor) -> Acceptance:
     return Acceptance(path, num_accepted.squeeze(1), emitted, num_emitted.squeeze(1))
 
 
+def accept_without(tree: TokenTree, wrong: Tensor, drawn: Tensor) -> Acceptance:
+    """Accept the path to the deepest row that no `wrong` [B, N] node leads to; what lies behind it is the target's draw."""
+    if kernels_for(drawn):
+        from vllm_spec_plugins.kernels.tree_walk import tree_walk
+
+        return Acceptance(*tree_walk(tree.tokens, tree.parents, drawn, tree.max_depth, wrong))
+    return accept_down_to(tree, deepest_reachable(tree, wrong), drawn)
+
+
 class Walk:
     """The exact rule: from the root, go to the child that equals the target's draw, stop where there is none.
 
@@ -121,6 +130,10 @@ class Walk:
 
             arrays = (each.numpy() for each in (tree.tokens, tree.parents, tree.depth, drawn))
             return accept_down_to(tree, torch.from_numpy(loops.walk_end(*arrays)), drawn)
+        if kernels_for(drawn):
+            from vllm_spec_plugins.kernels.tree_walk import tree_walk
+
+            return Acceptance(*tree_walk(tree.tokens, tree.parents, drawn, tree.max_depth))
         absent = (tree.tokens | drawn[:, 1:]) < 0  # no node, or a node whose row was cut before verification
         wrong = (tree.tokens != drawn.gather(1, tree.parents)) | absent  # [B, N]
         return accept_down_to(tree, deepest_reachable(tree, wrong), drawn)
@@ -155,4 +168,4 @@ class Typical:
         if target.greedy is not None:
             kept = (tree.tokens == drawn.gather(1, tree.parents)).where(target.greedy.unsqueeze(1), kept)
         absent = (tree.tokens | drawn[:, 1:]) < 0
-        return accept_down_to(tree, deepest_reachable(tree, ~kept | absent), drawn)
+        return accept_without(tree, ~kept | absent, drawn)

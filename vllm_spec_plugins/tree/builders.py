@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vllm_spec_plugins.compiled import loops_for
+from vllm_spec_plugins.compiled import kernels_for, loops_for
 from vllm_spec_plugins.tree.topology import Topology
 from vllm_spec_plugins.tree.tree import TokenTree
 
@@ -56,6 +56,11 @@ def trie(
 
         grown = loops.trie(ngrams.numpy(), nodes, cap, odds.double().numpy(), least)
         tokens, links, chances = map(torch.from_numpy, grown)
+        return TokenTree(tokens, links, min(length, nodes), chance=chances)
+    if odds is not None and kernels_for(ngrams):
+        from vllm_spec_plugins.kernels import trie as kernel
+
+        tokens, links, chances = kernel.trie(ngrams.contiguous(), nodes, cap, odds.contiguous(), least)
         return TokenTree(tokens, links, min(length, nodes), chance=chances)
     same = (ngrams.unsqueeze(2) == ngrams.unsqueeze(1)).cumprod(-1)  # [B, G, G, L]: equal up to and including l
     first = same.argmax(2)  # [B, G, L]: the n-gram that owns the node (itself at the latest)
@@ -169,6 +174,13 @@ def ranked(candidates: Tensor, chance: Tensor, nodes: int, limit: int, least: fl
         grown = ranks_loops.ranked(candidates.numpy(), chance.numpy(), *table.arrays(), nodes, limit, worth)
         tokens, links, chances = map(torch.from_numpy, grown)
         return TokenTree(tokens, links, min(depth, nodes), chance=chances)
+    if kernels_for(candidates):
+        from vllm_spec_plugins.kernels import growth
+
+        if len(table.ranks) <= growth.MOST_PATHS:
+            paths = table.ranks, table.depth, table.parent
+            tokens, links, chances = growth.ranked(candidates, chance, *paths, nodes, limit, least)
+            return TokenTree(tokens, links, min(depth, nodes), chance=chances)
     # A child is never more likely than its parent, nor a rank than a better one.
     product = table.chance(chance.cummin(2).values)
     count = min(limit, product.shape[1])
@@ -214,6 +226,13 @@ def chosen(topology: Topology, candidates: Tensor, chance: Tensor, limit: int) -
         cut = ranks_loops.chosen(candidates.numpy(), chance.numpy(), *table.arrays(), limit)
         tokens, links, chances = map(torch.from_numpy, cut)
         return TokenTree(tokens, links, topology.max_depth, chance=chances)
+    if kernels_for(candidates):
+        from vllm_spec_plugins.kernels import growth
+
+        if len(table.ranks) <= growth.MOST_PATHS:
+            paths = table.ranks, table.depth, table.parent
+            tokens, links, chances = growth.chosen(candidates, chance, *paths, limit)
+            return TokenTree(tokens, links, topology.max_depth, chance=chances)
     tree = replace(topology.tree(table.tokens(candidates)), chance=table.chance(chance))
     return tree.truncate(limit)
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_spec_plugins.compiled import loops_for
+from vllm_spec_plugins.compiled import kernels_for, loops_for
 
 
 class Emission(Protocol):
@@ -78,6 +78,13 @@ class Ranks:
                 np.float32(1.0) - np.float32(1.0 - self.MEMORY),
             )
             return
+        if kernels_for(self.offered):
+            from vllm_spec_plugins.kernels import ranks
+
+            state = self.offered, self.offered_at, self.hits, self.seen
+            keep = np.float32(1.0) - np.float32(1.0 - self.MEMORY)
+            ranks.judge(*state, step.slots, step.token_ids, step.lengths, step.num_emitted.long(), float(keep))
+            return
         offered = self.offered[step.slots]
         emitted = step.num_emitted.long().unsqueeze(1)
         in_time = self.offered_at[step.slots].unsqueeze(1) == step.lengths.unsqueeze(1) - emitted
@@ -101,5 +108,9 @@ class Ranks:
 
             hits, seen, first = self.hits.numpy(), self.seen.numpy(), self.first.numpy()
             return torch.from_numpy(ranks_loops.rank_chances(hits, seen, slots.numpy(), first, np.float32(self.PRIOR)))
+        if kernels_for(slots):
+            from vllm_spec_plugins.kernels import ranks
+
+            return ranks.rank_chances(self.hits, self.seen, slots, self.first, self.PRIOR)
         everyone = (self.hits[-1] + self.PRIOR * self.first) / (self.seen[-1] + self.PRIOR)
         return (self.hits[slots] + self.PRIOR * everyone) / (self.seen[slots] + self.PRIOR)

@@ -22,6 +22,15 @@ def _bit_values(device: torch.device) -> Tensor:
     return torch.ones(64, dtype=torch.int64, device=device) << torch.arange(64, device=device)
 
 
+def as_words(bits: Tensor) -> Tensor:
+    """[..., ceil(n / 64)] int64: bits [..., n] bool as words, bit j in bit j % 64 of word j // 64."""
+    count = bits.shape[-1]
+    words = -(-count // 64)
+    if words * 64 > count:
+        bits = torch.nn.functional.pad(bits, (0, words * 64 - count))
+    return (bits.unflatten(-1, (words, 64)) * _bit_values(bits.device)).sum(-1)
+
+
 @dataclass(frozen=True, eq=False)
 class TokenTree:
     """A batch of token trees of one fixed shape.
@@ -110,12 +119,7 @@ class TokenTree:
 
     @cached_property
     def _ancestor_words(self) -> Tensor:
-        bits = self.ancestors()
-        rows = bits.shape[-1]
-        words = -(-rows // 64)
-        if words * 64 > rows:
-            bits = torch.nn.functional.pad(bits, (0, words * 64 - rows))
-        return (bits.unflatten(-1, (words, 64)) * _bit_values(bits.device)).sum(-1)
+        return as_words(self.ancestors())
 
     def path(self, row: Tensor) -> Tensor:
         """[B, max_depth] int64: the rows from the root (left out) down to `row` [B], padded with 0."""

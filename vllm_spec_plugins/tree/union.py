@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vllm_spec_plugins.compiled import loops_for
+from vllm_spec_plugins.compiled import kernels_for, loops_for
 from vllm_spec_plugins.tree.builders import placed
 from vllm_spec_plugins.tree.tree import TokenTree
 
@@ -80,6 +80,10 @@ def _odds(tokens: Tensor, parents: Tensor, chance: Tensor, source: Tensor) -> Te
 
         found = union_loops.forest_odds(tokens.numpy(), parents.numpy(), chance.numpy(), source.numpy(), MOST)
         return torch.from_numpy(found)
+    if kernels_for(tokens):
+        from vllm_spec_plugins.kernels import union as kernel
+
+        return kernel.forest_odds(tokens, parents, chance, source, MOST)
     above = pad(chance, (1, 0), value=1.0).gather(1, parents)
     given = (chance / above).masked_fill((above <= 0) | (tokens < 0), 0.0)
     # Sums over masks, not scattered ones: those of a GPU add up in any order, and ranks must agree to the last bit.
@@ -114,6 +118,12 @@ def union(forest: Forest, weights: Tensor, nodes: int, limit: int | None = None,
 
         given = forest.tokens.numpy(), forest.parents.numpy(), forest.odds.numpy(), forest.source.numpy()
         tokens, parents, chances = map(torch.from_numpy, union_loops.union(*given, weights.numpy(), nodes, cap, least))
+        return TokenTree(tokens, parents, deepest, chance=chances)
+    if kernels_for(forest.tokens):
+        from vllm_spec_plugins.kernels import union as kernel
+
+        trees = forest.tokens, forest.parents, forest.odds, forest.source
+        tokens, parents, chances = kernel.union(*trees, weights.contiguous(), nodes, cap, least, forest.max_depth)
         return TokenTree(tokens, parents, deepest, chance=chances)
     up = pad(forest.parents, (1, 0))  # [B, M + 1], rows; the root is its own parent
     same = _equal_paths(pad(forest.tokens, (1, 0), value=-2), up, forest.max_depth)

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Serves requests with plugins in the interpreted lane, one engine after the other in a process of its own.
+
+    python -m tests.engine.cpu.served LANE < job.json
+
+LANE as TEST_LANE: kernels or interpreted. The job: {"plugins": {name: settings}, "batch": [{"prompt": token ids, "params":
+SamplingParams arguments}, ...]}. Prints one JSON object: plugin -> tokens, attention classes, launches by kernel, and the
+target's steps.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections import Counter
+from typing import Any
+
+
+def main(lane: str) -> dict[str, Any]:
+    os.environ["TEST_LANE"] = lane
+    import tests.engine.conftest  # noqa: F401  (before vllm is imported)
+    import vllm_spec_plugins
+    from tests.engine.cpu.decode import DEFAULTS, TARGET
+
+    job = json.load(sys.stdin)
+    from triton.runtime.interpreter import GridExecutor
+    from vllm import LLM, SamplingParams
+
+    launches: Counter[str] = Counter()
+    launch = GridExecutor.__call__
+
+    def counted(self: Any, *arguments: Any, **given: Any) -> Any:
+        launches[self.fn.__name__] += 1
+        return launch(self, *arguments, **given)
+
+    GridExecutor.__call__ = counted
+    found, made = {}, []  # engines live as long as the process: shutting one down tears down what all of them share
+    for name, settings in job["plugins"].items():
+        llm = LLM(str(TARGET), **{**DEFAULTS, **vllm_spec_plugins.engine_args(name, **settings)})
+        made.append(llm)
+        launches.clear()  # those of the start
+        requests = [{"prompt_token_ids": request["prompt"]} for request in job["batch"]]
+        params = [SamplingParams(**request["params"]) for request in job["batch"]]
+        outputs = llm.generate(requests, params, use_tqdm=False)
+        layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()
+        found[name] = {
+            "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+            "attention": sorted({type(layer.impl).__name__ for layer in layers}),
+            "launches": dict(launches),
+            "steps": llm.llm_engine.engine_core.engine_core.scheduler.current_step,
+        }
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(sys.argv[1])))

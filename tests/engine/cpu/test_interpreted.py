@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engines whose attention and kernels are those of a GPU, interpreted: the text is that of plain decoding on the CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from tests.engine.conftest import MODELS
+from tests.engine.cpu.conftest import ROOT, Request, decode
+
+TOKENS = 10
+PLUGINS: dict[str, dict[str, Any]] = {
+    "lookahead": {"nodes": 7, "adapt": False, "min_chance": 0.0},
+    "medusa": {"model": str(MODELS / "medusa"), "nodes": 7, "adapt": False, "min_chance": 0.0},
+    "specinfer": {"model": str(MODELS / "draft"), "nodes": 5, "adapt": False, "min_chance": 0.0},
+}
+
+
+def serve(lane: str, plugins: dict[str, dict[str, Any]], batch: list[Request]) -> dict[str, Any]:
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.engine.cpu.served", lane],
+        cwd=ROOT,
+        input=json.dumps({"plugins": plugins, "batch": batch}),
+        capture_output=True,
+        text=True,
+        timeout=290,
+        env={**os.environ, "VLLM_LOGGING_LEVEL": "WARNING"},
+    )
+    assert run.returncode == 0, run.stderr[-6000:]
+    return json.loads(run.stdout.strip().splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def batch(prompts: list[list[int]]) -> list[Request]:
+    params = [{"temperature": 0.0}, {"temperature": 0.8, "top_p": 0.9, "seed": 3}]
+    return [
+        {"prompt": prompts[i][:20], "params": {"max_tokens": TOKENS, "ignore_eos": True, **each}}
+        for i, each in enumerate(params)
+    ]
+
+
+@pytest.fixture(scope="module")
+def plain(batch: list[Request]) -> list[list[int]]:
+    return [output["tokens"] for output in decode("fast", [batch])["batches"][0]]
+
+
+@pytest.mark.parametrize("name", PLUGINS)
+def test_text_is_plain_decodings(name: str, batch: list[Request], plain: list[list[int]]) -> None:
+    found = serve("kernels", {name: PLUGINS[name]}, batch)[name]
+    assert found["tokens"] == plain
+    assert found["attention"] == ["TritonTreeImpl"]
+    if name != "lookahead":  # which has to have seen some of the text
+        assert found["steps"] < TOKENS, "no drafts were accepted: the test is too easy"
+    for kernel in ("kernel_unified_attention", "reshape_and_cache_kernel_flash", "tree_attention_kernel"):
+        assert found["launches"][kernel] > 0
