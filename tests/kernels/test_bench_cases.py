@@ -26,6 +26,9 @@ SMALL: dict[str, Callable[[], Case]] = {
     "trie": lambda: cases.trie("cpu", batch=2, guesses=3, length=4, nodes=8),
     "growth": lambda: cases.growth("cpu", batch=2, depth=2, ranks=3, nodes=6),
     "union": lambda: cases.union("cpu", batch=2, each=5, nodes=6),
+    "ranks": lambda: cases.ranks("cpu", batch=2, depth=2, per_depth=3),
+    "calibration": lambda: cases.calibration("cpu", batch=2),
+    "window": lambda: cases.window("cpu", batch=2, width=3, ngram=3),
 }
 
 

@@ -15,10 +15,14 @@ import torch
 from torch import Tensor
 
 from vllm_spec_plugins import choices
+from vllm_spec_plugins.proposers.base import StepContext
 from vllm_spec_plugins.proposers.history import LATER, REPEATS, SEARCHED, history_guesses
 from vllm_spec_plugins.proposers.pool import NgramPool
+from vllm_spec_plugins.proposers.window import LookaheadWindow
 from vllm_spec_plugins.tree import builders
 from vllm_spec_plugins.tree.accept import Walk
+from vllm_spec_plugins.tree.calibration import Calibration
+from vllm_spec_plugins.tree.ranks import Ranks
 from vllm_spec_plugins.tree.topology import Topology, from_choices
 from vllm_spec_plugins.tree.tree import TokenTree
 from vllm_spec_plugins.tree.union import Forest
@@ -462,6 +466,75 @@ def union(device: str, *, batch: int, each: int = 31, nodes: int = 32) -> Case:
     return Case("union", launch, check, beside={REFERENCE: in_torch})
 
 
+def ranks(device: str, *, batch: int, depth: int = 4, per_depth: int = 10) -> Case:
+    """The chances of a head's candidates by rank, of some thousand places seen; counting them takes two such launches."""
+    from vllm_spec_plugins.kernels import ranks as kernel
+
+    rng, plain = generator(device), Ranks(batch, depth, per_depth, torch.device(device))
+    plain.seen += torch.randint(1000, plain.seen.shape, generator=rng, device=device)
+    plain.hits += plain.seen * torch.rand(plain.hits.shape, generator=rng, device=device) / per_depth
+    slots = torch.arange(batch, device=device)
+    given = (plain.hits, plain.seen, slots, plain.first, Ranks.PRIOR)
+    out = kernel.rank_chances(*given)
+    launch = partial(kernel.rank_chances, *given, out)
+
+    def in_torch() -> Results:
+        return (plain.chance(slots),)
+
+    check = partial(compare, ("chance",), (out,), in_torch)
+    return Case("ranks", launch, check, beside={REFERENCE: in_torch})
+
+
+def calibration(device: str, *, batch: int, sources: int = 2) -> Case:
+    """What each source's odds are multiplied with, of some thousand places seen; counting them takes two such launches."""
+    from vllm_spec_plugins.kernels import calibration as kernel
+
+    rng, plain = generator(device), Calibration(batch, [31] * sources, 8, torch.device(device))
+    shares = torch.rand(batch + 1, sources, 3, generator=rng, device=device, dtype=torch.float64)
+    plain.counts += 1000 * shares.sort(2, descending=True).values
+    slots = torch.arange(batch, device=device)
+    given = (slots, plain.counts, Calibration.PRIOR, Calibration.EXTREME)
+    out = kernel.factors(*given)
+    launch = partial(kernel.factors, *given, out)
+
+    def in_torch() -> Results:
+        return (plain.factors(slots),)
+
+    check = partial(compare, ("factors",), (out,), in_torch)
+    return Case("calibration", launch, check, beside={REFERENCE: in_torch})
+
+
+def window(device: str, *, batch: int, width: int = 15, ngram: int = 5) -> Case:
+    """Full windows take in a step that emitted one token."""
+    from vllm_spec_plugins.kernels import window as kernel
+
+    rng, plain = generator(device), LookaheadWindow(batch, width, ngram, [2], torch.device(device))
+    plain.cells += torch.randint(3, VOCABULARY, plain.cells.shape, generator=rng, device=device)
+    plain.level += ngram - 1
+    plain.start += 1
+    state = [each.clone() for each in (plain.cells, plain.level, plain.start)]
+    slots, one = torch.arange(batch, device=device), torch.ones(batch, dtype=torch.int64, device=device)
+    text = torch.randint(3, VOCABULARY, (batch, 100), generator=rng, device=device).int()
+    drawn = torch.randint(3, VOCABULARY, (batch, plain.num_nodes + 1), generator=rng, device=device)
+    context = StepContext(slots, text, 100 * one, 100, one, drawn)
+    out = torch.empty(batch, width, ngram, dtype=torch.int64, device=device), torch.empty_like(drawn[:, :width])
+    given = (slots, text, 100 * one, one, drawn, plain._eos)
+    launch = partial(kernel.advance, *state, *given, out)
+
+    def check(launch: Launch) -> None:
+        """Both from the state that the kernel has come to."""
+        for mine, theirs in zip(state, (plain.cells, plain.level, plain.start), strict=True):
+            theirs.copy_(mine)
+        poison(out)
+        launch()
+        ngrams, real = plain.advance(context)
+        equal("n-grams", out[0], ngrams)
+        equal("real", out[1], real.long())
+        equal("cells", state[0], plain.cells)
+
+    return Case("window", launch, check, beside={REFERENCE: partial(plain.advance, context)})
+
+
 def _at(batches: Sequence[int], make: Callable[..., Case], also: str = "", **given: int) -> list[Setup]:
     return [Setup(f"batch {batch:2}{also}", 0, partial(make, batch=batch, **given), NOT_SLOWER) for batch in batches]
 
@@ -491,4 +564,7 @@ CASES: dict[str, list[Setup]] = {
     "trie": _at((1, 64), trie, ", 7 guesses of 16, 32 nodes"),
     "growth": _at((1, 64), growth, f", 4 heads of 10, {TREE.num_nodes} nodes"),
     "union": _at((1, 64), union, ", 31 and 31 nodes to 32"),
+    "ranks": _at((1, 64), ranks, ", 4 heads of 10"),
+    "calibration": _at((1, 64), calibration, ", 2 sources"),
+    "window": _at((1, 64), window, ", 15 columns of 5-grams"),
 }
