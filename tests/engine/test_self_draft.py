@@ -103,7 +103,7 @@ def test_gates_and_tables_made_by_the_command_stop_drafts_and_leave_the_text_alo
         nonlocal checked
         logits = grow(tree, request, row, token)
         if not row.any() and checked < 10:
-            text = one.req_states.all_token_ids.gpu[one.step.slots[0], : int(one.step.roots[0]) + 1]
+            text = one.req_states.all_token_ids.gpu[one.slots[0], : int(one.step.roots[0]) + 1]
             with torch.inference_mode():
                 stream = alone.hidden(text[None].long(), exits=(4,))[0][0, -1]
             torch.testing.assert_close(seen[-1][0], stream, rtol=1e-3, atol=1e-3)
@@ -156,7 +156,7 @@ def test_the_part_says_in_the_engine_what_it_says_alone(
                 path.insert(0, int(tree.tokens[b, at - 1]))
                 at = int(tree.parents[b, at - 1])
             root = int(one.step.roots[b])
-            text = one.req_states.all_token_ids.gpu[one.step.slots[b], : root + 1].tolist()
+            text = one.req_states.all_token_ids.gpu[one.slots[b], : root + 1].tolist()
             with torch.inference_mode():
                 stream = alone.hidden(torch.tensor([text + path]), exits=(2,))[0][0, -1]
                 logits = rms_norm(stream, alone.norm) @ alone.head.T

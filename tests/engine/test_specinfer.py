@@ -65,7 +65,7 @@ def test_the_draft_says_in_the_engine_what_it_says_alone(
 
     def text_of(b: int) -> list[int]:
         root = int(one.step.roots[b])
-        return one.req_states.all_token_ids.gpu[one.step.slots[b], : root + 1].tolist()
+        return one.req_states.all_token_ids.gpu[one.slots[b], : root + 1].tolist()
 
     begin, extend = one.begin, one.extend
 

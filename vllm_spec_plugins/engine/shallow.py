@@ -66,7 +66,7 @@ class ShallowDraft(PagedDraft):
             self.scorer.planner.stepped(len(slots))
         self.plan = self.planner.plan(roots - self.req_states.prompt_len.np[slots])
         self.cost = self.costs.of(self.plan)
-        self.step = Step(torch.from_numpy(roots), self.table[ctx.slots])
+        self.slots, self.step = slots, Step(torch.from_numpy(roots), self.table[ctx.slots])
         token = torch.from_numpy(self.req_states.all_token_ids.gpu.numpy()[slots, roots])
         request = torch.arange(len(slots))
         return self._grow(TokenTree.empty(len(slots), 0, token.device), request, torch.zeros_like(request), token)
