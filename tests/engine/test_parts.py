@@ -120,6 +120,14 @@ def test_commit_reads_every_source_before_it_writes(seed: int) -> None:
     assert torch.equal(cache[untouched], before[untouched])
 
 
+def test_a_cache_that_layers_share_is_moved_once() -> None:
+    from vllm_spec_plugins.engine import kv
+
+    cache, other = torch.zeros(2, 2, 32, 16), torch.zeros(2, 2, 32, 16)
+    found = kv.distinct([cache, other, cache.view_as(cache)])
+    assert [each.data_ptr() for each in found] == [cache.data_ptr(), other.data_ptr()]
+
+
 def test_paths_are_committed_alike_whether_or_not_the_host_knows_the_moves(seed: int) -> None:
     from vllm_spec_plugins.engine import kv
 

@@ -119,7 +119,7 @@ class PagedDraft(ABC):
         )
         self.attn_groups = attn_groups[group]
         layers = self.target_config.compilation_config.static_forward_context
-        self.caches = [layers[name].kv_cache for name in self.layers]
+        self.caches = kv.distinct(layers[name].kv_cache for name in self.layers)
 
     def add_request(self, slot: int, computed: int) -> None:  # noqa: B027
         """A request moves into `slot` with `computed` tokens in the prefix cache."""

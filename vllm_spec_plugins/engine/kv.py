@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,11 @@ def moves(acceptance: Acceptance, root: Tensor) -> tuple[Tensor, Tensor, Tensor]
     request, step = (accepted & (acceptance.path != steps)).nonzero(as_tuple=True)
     start = root[request]
     return request, start + acceptance.path[request, step], start + step + 1
+
+
+def distinct(caches: Iterable[Tensor]) -> list[Tensor]:
+    """Each cache once. Layers may share one: moved twice, the second node of 2 -> 1, 3 -> 2 would come to stand in both slots."""
+    return list({cache.data_ptr(): cache for cache in caches}.values())
 
 
 class PathCommit:

@@ -89,7 +89,7 @@ class TreeModelState(ModelState):
             for layer in (layers[name] for name in group.layer_names):
                 kinds.add(backend.kind_of(layer, group.kv_cache_spec.block_size))
             own = [name for name in group.layer_names if name not in self._draft_layers]
-            self._caches.append([layers[name].kv_cache for name in own])
+            self._caches.append(kv.distinct(layers[name].kv_cache for name in own))
             self._commits.append(kv.PathCommit(self._caches[-1], group.kv_cache_spec.block_size))
         for kind in kinds:
             backend.check_layout(*kind)
