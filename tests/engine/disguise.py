@@ -130,8 +130,11 @@ def disguise(monkeypatch: pytest.MonkeyPatch, warm: int = 3) -> Steps:
         with torch.inference_mode(), device():
             bound(self, kv_cache_config, block_tables)
             self._caches, self._block_tables = on_device(self._caches), There(block_tables)
+            for move in self._commits:
+                move.caches = on_device(move.caches)
             for each in self.speculator.drafters:
                 each.table, each.caches = on_device(each.table), on_device(each.caches)
+                each._commit.caches = each.caches
 
     monkeypatch.setattr(kind, "initialize_kv_cache", initialize)
     monkeypatch.setattr(kind, "postprocess_state", post)

@@ -164,7 +164,7 @@ class TreeSpeculator(BaseSpeculator):
             self._tell_drafters(input_batch)
         if num_speculative_tokens == 0 and not self.proposer.remembers:
             self.state.end_step()
-            return self.no_tree[: len(slots)]
+            return self._as_tokens(self.no_tree[: len(slots)])
         verified, ends = None, None
         if self.proposer.reads_hidden:
             ends = self._ends(input_batch)
@@ -199,7 +199,13 @@ class TreeSpeculator(BaseSpeculator):
         # To the handler, which is given the same batch. An asynchronous scheduler asks it about grammars alone.
         if not self.fixed_shape or input_batch.has_structured_output_reqs:
             cast("Any", input_batch).tree, cast("Any", input_batch).tree_counts = tree, self._take_counts()
-        return tree.tokens.clamp(min=0) if self.fixed_shape else tree.tokens
+        return self._as_tokens(tree.tokens)
+
+    def _as_tokens(self, tokens: Tensor) -> Tensor:
+        """`tokens` as they may be computed: token 0 where there is no node. On a CPU with synchronous scheduling such a row never
+        is; elsewhere vLLM's warm-up schedules all rows, whatever was proposed, and asynchronous scheduling always does.
+        """
+        return tokens.clamp(min=0) if self.fixed_shape or tokens.device.type != "cpu" else tokens
 
     def _tell_drafters(self, batch: InputBatch) -> None:
         """What the host knows of the step: who ran, and how many of its tokens can be kept at most."""
