@@ -12,8 +12,17 @@ if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
     )
 os.environ["TRITON_INTERPRET"] = "1"
 
+import pytest
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
 # What triton itself wrote in Triton shows whether the interpreter took.
 assert isinstance(tl.sum, InterpretedFunction), "TRITON_INTERPRET=1 did not turn Triton's interpreter on"
+
+
+@pytest.fixture(autouse=True)
+def _kernels_are_called_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Code of the package that stands beside a kernel is not to find it by itself, whatever a test before has switched on."""
+    from vllm_spec_plugins import compiled
+
+    monkeypatch.setattr(compiled, "use_kernels", False)

@@ -140,11 +140,11 @@ def test_installing_the_plugin_never_pulls_another_vllm() -> None:
     assert {"bench", "dev"} < set(extras)
 
 
-def test_every_test_lies_in_a_suite_that_make_test_runs() -> None:
-    suites = tuple(f"tests/{suite}/" for suite in ("unit", "engine", "serve"))
+def test_every_test_lies_in_a_suite_that_make_test_runs_or_in_that_of_gpus() -> None:
+    suites = tuple(f"tests/{suite}/" for suite in ("unit", "kernels", "engine", "serve"))
     tests = [path for path in repository_files() if Path(path).name.startswith("test_") and path.endswith(".py")]
     assert tests
-    assert [path for path in tests if not path.startswith(suites)] == []
+    assert [path for path in tests if not path.startswith((*suites, "tests/gpu/"))] == []
     makefile = (ROOT / "Makefile").read_text()
-    assert "\nunit engine: setup\n" in makefile and "\nserve: setup\n" in makefile
+    assert all(f"\n{target}: setup\n" in makefile for target in ("unit engine", "kernels", "serve"))
     assert all(f"$(MAKE) --no-print-directory {Path(suite).name}\n" in makefile for suite in suites)
