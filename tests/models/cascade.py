@@ -3,6 +3,7 @@
 
     python -m tests.models.cascade --workdir DIR      # DIR/cascade.json, DIR/cascade.svg; prints the tables
     python -m tests.models.cascade --workdir DIR --time    # tokens/s too, on an idle machine
+    python -m tests.models.cascade --workdir DIR --time --target BIG --rules difference    # of a target made larger
 
 Greedy answers to held-out prompts, one request at a time, from engines whose cheap stage is half of the target's layers, or
 the draft model. Beside them what there is without a token-level rule: the cheap stage alone, and switching per request:
@@ -12,16 +13,20 @@ Cost: passes of the full model per token, and layers run one after the other per
 layer of the draft model counts as the share of a target's layer that its weights are. Quality: agreement, the share of an
 answer's tokens that are the full model's likeliest behind the text before them; and accuracy, of the next token of the
 held-out text, read up to there, where the stage that the rule chooses answers.
+
+Tokens/s are an engine's, prompts included. Switching per request costs the cheap stage's time and the full model's for its share.
+BIG is the target inflated by tests/models/inflate.py: the same logits, from layers that take their time.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +76,12 @@ class Point:
     agreement: float
     accuracy: float
     speed: float | None = None
+
+    @property
+    def milliseconds(self) -> float:
+        """Per token, where the speed was measured."""
+        assert self.speed is not None
+        return 1000.0 / self.speed
 
 
 class Cheap:
@@ -142,21 +153,57 @@ class Text:
 ENGINES: list[Any] = []
 
 
-def cascades(name: str, cheap: Cheap, target: Llama, ids: Tensor, text: Text, timed: bool) -> list[Point]:
-    """Every rule under every bound, from one engine per rule."""
-    from vllm import LLM, SamplingParams
+def engine(model: Path, *plugins: str) -> Any:
+    from vllm import LLM
 
     import vllm_spec_plugins
 
+    ENGINES.append(
+        LLM(
+            str(model), dtype="float32", enforce_eager=True, max_model_len=384, max_num_seqs=4,
+            kv_cache_memory_bytes=1 << 28, **vllm_spec_plugins.engine_args(*plugins),
+        )
+    )  # fmt: skip
+    return ENGINES[-1]
+
+
+def speed(llm: Any, ids: Tensor) -> float:
+    """Tokens per second of answers to prompts [B, L], one after the other; one goes before to warm up."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True)
+    asked = [{"prompt_token_ids": prompt} for prompt in ids.tolist()]
+    llm.generate(asked[:1], params, use_tqdm=False)
+    begin = time.perf_counter()
+    for prompt in asked:
+        llm.generate([prompt], params, use_tqdm=False)
+    return len(ids) * TOKENS / (time.perf_counter() - begin)
+
+
+def with_speed(points: Sequence[Point], name: str, model: Path, ids: Tensor) -> list[Point]:
+    """The ways without a token-level rule, with the speed that their stages have in an engine."""
+    full = speed(engine(model, "none"), ids)
+    if name == "draft model":
+        cheap = speed(engine(HERE / "draft", "none"), ids)
+    else:  # behind the prompt every token runs so many layers
+        cheap = speed(engine(model, f"skipdecode:max_layers={EXIT},min_layers={EXIT},max_tokens={TOKENS}"), ids)
+    found = {"always cheap": lambda p: cheap, "always full": lambda p: full}
+    switching = lambda p: 1.0 / (1.0 / cheap + p.passes / full)  # noqa: E731
+    return [replace(p, speed=found.get(p.way, switching)(p)) for p in points]
+
+
+def cascades(
+    name: str, cheap: Cheap, target: Llama, ids: Tensor, text: Text, timed: bool, model: Path, rules: Sequence[str]
+) -> list[Point]:
+    """Every rule under every bound, from one engine per rule."""
+    from vllm import SamplingParams
+
     points = []
-    for kind, bounds in SWEEPS.items():
+    for kind, bounds in ((kind, SWEEPS[kind]) for kind in rules):
         rule = deferral_rule(f"{kind}:{bounds[0]}")
-        plugin = vllm_spec_plugins.engine_args(STAGES[name], f"cascade:rule={rule},route=cheap")
-        llm: Any = LLM(
-            str(HERE / "target"), dtype="float32", enforce_eager=True, max_model_len=384, max_num_seqs=4,
-            kv_cache_memory_bytes=1 << 27, **plugin,
-        )  # fmt: skip
-        ENGINES.append(llm)
+        llm: Any = engine(model, STAGES[name], f"cascade:rule={rule},route=cheap")
+        if timed:
+            speed(llm, ids[:2])
         scheduler = llm.llm_engine.engine_core.engine_core.scheduler
         drafts = _count_passes(llm)
         for bound in bounds:
@@ -232,17 +279,17 @@ def alternatives(name: str, cheap: Cheap, target: Llama, ids: Tensor, text: Text
     return points
 
 
-def above(points: Sequence[Point], references: Sequence[Point]) -> list[tuple[Point, float]]:
-    """Each point and its agreement less that of the best mixture of `references` at no more layers."""
+def above(points: Sequence[Point], references: Sequence[Point], cost: str = "layers") -> list[tuple[Point, float]]:
+    """Each point and its agreement less that of the best mixture of `references` at no more `cost`."""
     found = []
     for p in points:
-        best = -1.0
+        best, own = -math.inf, getattr(p, cost)
         for a in references:
             for b in references:
-                if a.layers <= p.layers <= b.layers and a.layers < b.layers:
-                    t = (p.layers - a.layers) / (b.layers - a.layers)
-                    best = max(best, a.agreement + t * (b.agreement - a.agreement))
-            if a.layers <= p.layers:
+                low, high = getattr(a, cost), getattr(b, cost)
+                if low <= own <= high and low < high:
+                    best = max(best, a.agreement + (own - low) / (high - low) * (b.agreement - a.agreement))
+            if getattr(a, cost) <= own:
                 best = max(best, a.agreement)
         found.append((p, p.agreement - best))
     return found
@@ -250,11 +297,10 @@ def above(points: Sequence[Point], references: Sequence[Point]) -> list[tuple[Po
 
 def table(points: Iterable[Point]) -> str:
     """The figures as Markdown."""
-    lines = ["| cheap stage | way | bound | passes | layers | agreement | accuracy |", "|---" * 7 + "|"]
+    lines = ["| cheap stage | way | bound | passes | layers | agreement | accuracy | tokens/s |", "|---" * 8 + "|"]
     for p in points:
-        lines.append(
-            f"| {p.stage} | {p.way} | {p.bound:g} | {p.passes:.3f} | {p.layers:.2f} | {p.agreement:.3f} | {p.accuracy:.3f} |"
-        )
+        figures = f"{p.passes:.3f} | {p.layers:.2f} | {p.agreement:.3f} | {p.accuracy:.3f}"
+        lines.append(f"| {p.stage} | {p.way} | {p.bound:g} | {figures} | {'' if p.speed is None else f'{p.speed:.1f}'} |")
     return "\n".join(lines)
 
 
@@ -268,19 +314,25 @@ def plot(points: Sequence[Point], file: Path) -> None:
     matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "cascade", "font.size": 10})
     from matplotlib import pyplot
 
-    axes_of = (("layers", "agreement"), ("passes", "agreement"), ("layers", "accuracy"))
+    axes_of = [("layers", "agreement"), ("passes", "agreement"), ("layers", "accuracy")]
+    if all(p.speed is not None for p in points):
+        axes_of.append(("milliseconds", "agreement"))
     names = {
         "layers": "layers one after the other per token",
         "passes": "passes of the full model per token",
         "agreement": "tokens that are the full model's choice",
         "accuracy": "next token of held-out text right",
+        "milliseconds": "milliseconds per token",
     }
     stages = list(dict.fromkeys(p.stage for p in points))
-    figure, grid = pyplot.subplots(len(stages), 3, figsize=(14, 4 * len(stages)), layout="constrained", squeeze=False)
+    size = (14 / 3 * len(axes_of), 4 * len(stages))
+    figure, grid = pyplot.subplots(len(stages), len(axes_of), figsize=size, layout="constrained", squeeze=False)
     for row, stage in zip(grid, stages, strict=True):
         for axes, (x, y) in zip(row, axes_of, strict=True):
             for way, colour, shape in zip(SWEEPS, ("tab:blue", "tab:orange", "tab:green"), "o^D", strict=True):
                 own = [p for p in points if (p.stage, p.way) == (stage, way)]
+                if not own:
+                    continue
                 xs, ys = [getattr(p, x) for p in own], [getattr(p, y) for p in own]
                 axes.plot(xs, ys, color=colour, marker=shape, markersize=4, linewidth=1.3, label=f"cascade, {way}")
             own = [p for p in points if (p.stage, p.way) == (stage, "request switching")]
@@ -302,6 +354,8 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, required=True, help="where the figures and the plot go")
     parser.add_argument("--prompts", type=int, default=16, help="that are answered")
     parser.add_argument("--texts", type=int, default=128, help="held-out texts that accuracy is of")
+    parser.add_argument("--target", type=Path, default=HERE / "target", help="that engines serve: the target, or it inflated")
+    parser.add_argument("--rules", nargs="+", choices=list(SWEEPS), default=list(SWEEPS), help="whose bounds are tried")
     parser.add_argument("--time", action="store_true", help="measure tokens/s: leave the machine alone")
     args = parser.parse_args()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # steps and passes are counted in this process
@@ -315,8 +369,8 @@ def main() -> None:
         cheap = Cheap(name, target)
         text = Text.read(cheap, target, texts[: args.texts])
         references = alternatives(name, cheap, target, ids, text)
-        points += references
-        points += cascades(name, cheap, target, ids, text, args.time)
+        points += with_speed(references, name, args.target, ids) if args.time else references
+        points += cascades(name, cheap, target, ids, text, args.time, args.target, args.rules)
     figures = {
         "prompts": len(ids),
         "prompt_tokens": LENGTH,
@@ -331,8 +385,9 @@ def main() -> None:
     for name in STAGES:
         own = [p for p in points if p.stage == name]
         without = [p for p in own if p.way not in SWEEPS]
-        for p, lead in above([p for p in own if p.way in SWEEPS], without):
-            print(f"{name}, {p.way}:{p.bound:g}: {lead:+.3f} above the others at as many layers")
+        for cost in ("layers", "milliseconds") if args.time else ("layers",):
+            for p, lead in above([p for p in own if p.way in SWEEPS], without, cost):
+                print(f"{name}, {p.way}:{p.bound:g}: {lead:+.3f} above the others at as many {cost}")
 
 
 if __name__ == "__main__":

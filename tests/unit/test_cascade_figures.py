@@ -80,3 +80,6 @@ def test_table_and_plot_show_every_way(tmp_path: Path) -> None:
     cascade.plot(points, tmp_path / "plot.svg")
     drawn = (tmp_path / "plot.svg").read_text()
     assert all(f">{name}<" in drawn for name in ("cascade, difference", "request switching", "always full"))
+    assert ">milliseconds per token<" not in drawn
+    cascade.plot([replace(p, speed=100.0) for p in points], tmp_path / "timed.svg")
+    assert ">milliseconds per token<" in (tmp_path / "timed.svg").read_text()

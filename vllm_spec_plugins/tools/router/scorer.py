@@ -7,6 +7,8 @@ import json
 
 import httpx
 
+from vllm_spec_plugins.tools.router.network import Network
+
 
 class Unjudged(Exception):
     """An answer whose score could not be had."""
@@ -18,6 +20,7 @@ class HttpScorer:
     def __init__(self, url: str, key: str | None, timeout: float, transport: httpx.AsyncBaseTransport | None = None):
         headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
         self._url = url
+        transport = transport or Network(trust_env=False)
         self._client = httpx.AsyncClient(headers=headers, timeout=timeout, transport=transport, trust_env=False)
 
     async def score(self, question: str, answer: str) -> float:

@@ -14,6 +14,7 @@ import httpx
 
 from vllm_spec_plugins.cascade.breaker import Breaker
 from vllm_spec_plugins.cascade.config import HealthSettings, UpstreamSettings
+from vllm_spec_plugins.tools.router.network import Network
 
 logger = logging.getLogger(__name__)
 
@@ -71,8 +72,10 @@ class Upstream:
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=httpx.Timeout(timeout, connect=health.connect_timeout),
             # One more for the health checks. Idle connections go before vLLM closes them, after 5 seconds.
-            limits=httpx.Limits(max_connections=settings.max_concurrency + 1, keepalive_expiry=2.0),
-            transport=transport,
+            transport=transport
+            or Network(
+                limits=httpx.Limits(max_connections=settings.max_concurrency + 1, keepalive_expiry=2.0), trust_env=False
+            ),
             trust_env=False,
         )
 

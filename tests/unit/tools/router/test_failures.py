@@ -15,6 +15,7 @@ import pytest
 import uvicorn
 
 from tests.unit.tools.router.fakes import Behaviour, Client, Fakes, events, routed, settings, streamed, until
+from vllm_spec_plugins.tools.router.network import Network
 from vllm_spec_plugins.tools.router.service import Service
 
 SMALL, LARGE = 14e-6, 140e-6
@@ -309,3 +310,23 @@ def test_500_requests_over_failing_upstreams_are_each_answered_rightly_or_refuse
         assert all(upstream.running == upstream.waiting == 0 for upstream in client.service.upstreams)
 
     routed(test, ledger=str(tmp_path / "l"), health={"failures": 50})
+
+
+def test_a_server_that_dies_while_a_connection_is_made_is_a_failed_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What httpx lets through then: anyio asks a connection that has no socket any more for its peer."""
+
+    async def asked(name: str, of: object) -> None:
+        network = Network(trust_env=False)
+
+        async def connect(request: object) -> object:
+            return getattr(of, name)
+
+        monkeypatch.setattr(network._pool, "handle_async_request", connect)
+        async with httpx.AsyncClient(transport=network, trust_env=False) as client:
+            await client.get("http://upstream/health")
+
+    with pytest.raises(httpx.ConnectError, match="closed when it was made"):
+        asyncio.run(asked("getpeername", None))
+    for name, of in (("getpeername", "a mistake of ours"), ("mistake", None)):
+        with pytest.raises(AttributeError, match=name):
+            asyncio.run(asked(name, of))
