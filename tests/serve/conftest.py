@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,6 @@ import pytest
 from vllm_spec_plugins.tools.load import PROMPTS, TARGET, Reply, Sampling, load_prompts, send
 from vllm_spec_plugins.tools.server import Server, running
 
-# Not all servers on the machine's first core, where vLLM would bind each of them.
-os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-
 ARGUMENTS = [
     *("--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "8"),
     *("--kv-cache-memory-bytes", str(1 << 26)),
@@ -24,14 +20,10 @@ ARGUMENTS = [
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The first test waits for all servers: that takes minutes where other programs want the processor too. Where two processes
-    run the tests, those that share the servers stay in one.
-    """
+    """The first test waits for all servers: that takes minutes where other programs want the processor too."""
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.timeout(900))
-            shares = "servers" in getattr(item, "fixturenames", ())
-            item.add_marker(pytest.mark.xdist_group("servers" if shares else item.path.stem))
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,9 @@ from vllm_spec_plugins.cascade import config
 from vllm_spec_plugins.tools.router.service import Service
 
 GRACE = 30  # seconds that running answers have when the router is told to stop
+# Seconds that an idle connection of a client is kept. Longer than clients keep theirs (httpx, and with it OpenAI's: 5, which is
+# uvicorn's default too): who closes first must not be the one who is about to be asked.
+IDLE = 30
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
@@ -46,6 +49,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m vllm_spec_plu
         port=arguments.port,
         log_level=arguments.log_level,
         timeout_graceful_shutdown=GRACE,
+        timeout_keep_alive=IDLE,
     )
     return 0
 
