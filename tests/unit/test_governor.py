@@ -138,3 +138,12 @@ def test_an_idle_governor_goes_on_asking_now_and_then_and_wakes_up() -> None:
     assert sum(asked) == 40 // Governor.NAPS[0]
     governor.choose(1, [Draft("a", 8, 6.0)])
     assert all(governor.asks(1) for _ in range(8))
+
+
+def test_a_step_in_which_nothing_runs_is_no_mistake() -> None:
+    """The last request may have ended between what a step was scheduled for and what it proposed."""
+    governor = Governor()
+    for _ in range(2 * Governor.SOONEST):
+        governor.asks(0)
+        assert governor.choose(0, []) == set()
+        governor.choose(0, [Draft("a", 4, 2.0)])

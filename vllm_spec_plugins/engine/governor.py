@@ -168,7 +168,7 @@ class Governor:
         """Steps between two looks at the other side that each lose `lost` tokens, for all looks to cost SHARE: a decision that
         brings little is cheap to check, and the likeliest to be wrong.
         """
-        return max(self.SOONEST, min(self.RAREST, round(lost / (self.SHARE * batch))))
+        return max(self.SOONEST, min(self.RAREST, round(lost / (self.SHARE * max(1, batch)))))
 
     def choose(self, batch: int, drafts: Sequence[Draft]) -> set[str]:
         """The requests whose drafts are to be verified in the next step of `batch` requests."""
@@ -205,7 +205,7 @@ class Governor:
         if paying != self.paying or (self.cost.surprised and self.interval > self.SOONEST):
             self.paying, self.steps, self.interval = paying, 0, self.SOONEST
         self.steps += 1
-        self.looking = self.steps >= min(self.interval * max(1.0, lost / batch), self._rarest(lost, batch))
+        self.looking = self.steps >= min(self.interval * max(1.0, lost / max(1, batch)), self._rarest(lost, batch))
         if not self.looking:
             return False
         self.steps, self.interval, self.looks = 0, min(2 * self.interval, self.RAREST), self.looks + 1
