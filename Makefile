@@ -30,11 +30,10 @@ kernels: setup
 	$(STEP) "tests/$@"
 	@TRITON_INTERPRET=1 $(PY) -m pytest tests/$@ --durations=8 -n 2 --dist loadfile
 
-# The engine suite on what a GPU would run, interpreted: hours. LANE=kernels leaves vLLM's small kernels to the CPU's versions.
-LANE ?= interpreted
+# The engine suite on what a GPU would run, interpreted.
 engine-interpreted: setup
-	$(STEP) "tests/engine, TEST_LANE=$(LANE)"
-	@TEST_LANE=$(LANE) $(PY) -m pytest tests/engine --ignore tests/engine/cpu --timeout 3600 --durations=8 -n 2 --dist loadfile
+	$(STEP) "tests/engine, interpreted"
+	@TEST_LANE=interpreted $(PY) -m pytest tests/engine --ignore tests/engine/cpu --timeout 3600 --durations=8 -n 2 --dist loadfile
 
 serve: setup
 	$(STEP) "tests/$@"

@@ -16,14 +16,13 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# "interpreted": everything that a GPU would run as a Triton kernel runs under Triton's interpreter. "kernels": attention and
-# this package's kernels do, vLLM's small ones have their versions for the CPU. "": the CPU's own lane.
+# "interpreted": what a GPU would run as a Triton kernel, vLLM's and ours, runs under Triton's interpreter. "": the CPU's lane.
 LANE = os.environ.get("TEST_LANE", "")
 if LANE:
     from vllm_spec_plugins.cpu import interpreted
 
-    assert LANE in ("interpreted", "kernels"), f"TEST_LANE={LANE}: valid are interpreted and kernels"
-    interpreted.enable(only_attention=LANE == "kernels")
+    assert LANE == "interpreted", f"TEST_LANE={LANE}: valid is interpreted"
+    interpreted.enable()
 
 MODELS = Path(__file__).parents[1] / "models"
 TARGET = MODELS / "target"

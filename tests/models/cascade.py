@@ -2,8 +2,8 @@
 """Cascades on the tiny family: cost against quality. The figures of docs/cascade.md.
 
     python -m tests.models.cascade --workdir DIR      # DIR/cascade.json, DIR/cascade.svg; prints the tables
-    python -m tests.models.cascade --workdir DIR --time    # tokens/s too, on an idle machine
-    python -m tests.models.cascade --workdir DIR --time --target BIG --rules difference    # of a target made larger
+    python -m tests.models.cascade --workdir DIR --rounds 3    # tokens/s too, on an idle machine
+    python -m tests.models.cascade --workdir DIR --rounds 3 --target BIG --rules difference    # of a target made larger
 
 Greedy answers to held-out prompts, one request at a time, from engines whose cheap stage is half of the target's layers, or
 the draft model. Beside them what there is without a token-level rule: the cheap stage alone, and switching per request:
@@ -14,7 +14,8 @@ layer of the draft model counts as the share of a target's layer that its weight
 answer's tokens that are the full model's likeliest behind the text before them; and accuracy, of the next token of the
 held-out text, read up to there, where the stage that the rule chooses answers.
 
-Tokens/s are an engine's, prompts included. Switching per request costs the cheap stage's time and the full model's for its share.
+Tokens/s are an engine's, prompts included: the median of the rounds, in each of which every way takes its turn. Switching per
+request costs the cheap stage's time and the full model's for its share.
 BIG is the target inflated by tests/models/inflate.py: the same logits, from layers that take their time.
 """
 
@@ -24,6 +25,7 @@ import argparse
 import json
 import math
 import os
+import statistics
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -167,70 +169,86 @@ def engine(model: Path, *plugins: str) -> Any:
     return ENGINES[-1]
 
 
-def speed(llm: Any, ids: Tensor) -> float:
-    """Tokens per second of answers to prompts [B, L], one after the other; one goes before to warm up."""
-    from vllm import SamplingParams
+@dataclass(frozen=True, eq=False)
+class Run:
+    """Greedy answers to prompts [B, L], one after the other, by an engine with one bound of its rule, if it has one."""
 
-    params = SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True)
-    asked = [{"prompt_token_ids": prompt} for prompt in ids.tolist()]
-    llm.generate(asked[:1], params, use_tqdm=False)
-    begin = time.perf_counter()
-    for prompt in asked:
-        llm.generate([prompt], params, use_tqdm=False)
-    return len(ids) * TOKENS / (time.perf_counter() - begin)
+    llm: Any
+    ids: Tensor
+    bound: float | None = None
+
+    def answers(self) -> Tensor:
+        """[B, TOKENS] int64."""
+        from vllm import SamplingParams
+
+        extra = None if self.bound is None else {"cascade": {"threshold": self.bound}}
+        params = SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True, extra_args=extra)
+        given = []
+        for prompt in self.ids.tolist():
+            (result,) = self.llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
+            given.append(list(result.outputs[0].token_ids))
+        return torch.tensor(given)
+
+    def speed(self) -> float:
+        """Tokens per second; one prompt goes before to warm up."""
+        replace(self, ids=self.ids[:1]).answers()
+        begin = time.perf_counter()
+        return self.answers().numel() / (time.perf_counter() - begin)
 
 
-def with_speed(points: Sequence[Point], name: str, model: Path, ids: Tensor) -> list[Point]:
-    """The ways without a token-level rule, with the speed that their stages have in an engine."""
-    full = speed(engine(model, "none"), ids)
+def stages_alone(name: str, model: Path, ids: Tensor) -> dict[str, Run]:
+    """The cheap stage and the full model, each in an engine without a token-level rule."""
     if name == "draft model":
-        cheap = speed(engine(HERE / "draft", "none"), ids)
+        cheap = engine(HERE / "draft", "none")
     else:  # behind the prompt every token runs so many layers
-        cheap = speed(engine(model, f"skipdecode:max_layers={EXIT},min_layers={EXIT},max_tokens={TOKENS}"), ids)
-    found = {"always cheap": lambda p: cheap, "always full": lambda p: full}
-    switching = lambda p: 1.0 / (1.0 / cheap + p.passes / full)  # noqa: E731
-    return [replace(p, speed=found.get(p.way, switching)(p)) for p in points]
+        cheap = engine(model, f"skipdecode:max_layers={EXIT},min_layers={EXIT},max_tokens={TOKENS}")
+    return {"always cheap": Run(cheap, ids), "always full": Run(engine(model, "none"), ids)}
 
 
 def cascades(
-    name: str, cheap: Cheap, target: Llama, ids: Tensor, text: Text, timed: bool, model: Path, rules: Sequence[str]
-) -> list[Point]:
+    name: str, cheap: Cheap, target: Llama, ids: Tensor, text: Text, model: Path, rules: Sequence[str]
+) -> dict[Point, Run]:
     """Every rule under every bound, from one engine per rule."""
-    from vllm import SamplingParams
-
-    points = []
+    found = {}
     for kind, bounds in ((kind, SWEEPS[kind]) for kind in rules):
         rule = deferral_rule(f"{kind}:{bounds[0]}")
         llm: Any = engine(model, STAGES[name], f"cascade:rule={rule},route=cheap")
-        if timed:
-            speed(llm, ids[:2])
         scheduler = llm.llm_engine.engine_core.engine_core.scheduler
         drafts = _count_passes(llm)
         for bound in bounds:
-            extra = {"cascade": {"threshold": bound}}
-            params = SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True, extra_args=extra)
-            given, before, drafts.passes, begin = [], scheduler.current_step, 0, time.perf_counter()
-            for prompt in ids.tolist():
-                (result,) = llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
-                given.append(list(result.outputs[0].token_ids))
-            seconds = time.perf_counter() - begin
+            run, before, drafts.passes = Run(llm, ids, bound), scheduler.current_step, 0
+            given = run.answers()
             # The prompt's pass gives the first token: what follows it is what the cascade is for.
             behind = len(ids) * (TOKENS - 1)
             passes = scheduler.current_step - before - len(ids)
-            points.append(
-                Point(
-                    name,
-                    kind,
-                    bound,
-                    passes / behind,
-                    (passes * target.shape.layers + drafts.passes * cheap.layers) / behind,
-                    agreement(target, ids, torch.tensor(given)).mean().item(),
-                    text.accuracy(rule.at(bound)),
-                    len(ids) * TOKENS / seconds if timed else None,
-                )
+            point = Point(
+                name,
+                kind,
+                bound,
+                passes / behind,
+                (passes * target.shape.layers + drafts.passes * cheap.layers) / behind,
+                agreement(target, ids, given).mean().item(),
+                text.accuracy(rule.at(bound)),
             )
-            print(points[-1], flush=True)
-    return points
+            print(point, flush=True)
+            found[point] = run
+    return found
+
+
+def with_speed(points: Sequence[Point], alone: dict[str, Run], rules: dict[Point, Run], rounds: int) -> list[Point]:
+    """Points of one cheap stage, timed in turn."""
+    runs: dict[str | Point, Run] = {**alone, **rules}
+    seen: dict[str | Point, list[float]] = {each: [] for each in runs}
+    for _ in range(rounds):
+        for each, run in runs.items():
+            seen[each].append(run.speed())
+    median = {each: statistics.median(speeds) for each, speeds in seen.items()}
+    cheap, full = median["always cheap"], median["always full"]
+    found = []
+    for p in points:
+        known = median.get(p, median.get(p.way))  # else: switching per request
+        found.append(replace(p, speed=1.0 / (1.0 / cheap + p.passes / full) if known is None else known))
+    return found
 
 
 class _Passes:
@@ -300,7 +318,9 @@ def table(points: Iterable[Point]) -> str:
     lines = ["| cheap stage | way | bound | passes | layers | agreement | accuracy | tokens/s |", "|---" * 8 + "|"]
     for p in points:
         figures = f"{p.passes:.3f} | {p.layers:.2f} | {p.agreement:.3f} | {p.accuracy:.3f}"
-        lines.append(f"| {p.stage} | {p.way} | {p.bound:g} | {figures} | {'' if p.speed is None else f'{p.speed:.1f}'} |")
+        lines.append(
+            f"| {p.stage} | {p.way} | {p.bound:g} | {figures} | {'' if p.speed is None else f'{p.speed:.1f}'} |"
+        )
     return "\n".join(lines)
 
 
@@ -354,9 +374,11 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, required=True, help="where the figures and the plot go")
     parser.add_argument("--prompts", type=int, default=16, help="that are answered")
     parser.add_argument("--texts", type=int, default=128, help="held-out texts that accuracy is of")
-    parser.add_argument("--target", type=Path, default=HERE / "target", help="that engines serve: the target, or it inflated")
+    parser.add_argument(
+        "--target", type=Path, default=HERE / "target", help="that engines serve: the target, or it inflated"
+    )
     parser.add_argument("--rules", nargs="+", choices=list(SWEEPS), default=list(SWEEPS), help="whose bounds are tried")
-    parser.add_argument("--time", action="store_true", help="measure tokens/s: leave the machine alone")
+    parser.add_argument("--rounds", type=int, default=0, help="measure tokens/s so many times: leave the machine alone")
     args = parser.parse_args()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # steps and passes are counted in this process
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
@@ -369,8 +391,11 @@ def main() -> None:
         cheap = Cheap(name, target)
         text = Text.read(cheap, target, texts[: args.texts])
         references = alternatives(name, cheap, target, ids, text)
-        points += with_speed(references, name, args.target, ids) if args.time else references
-        points += cascades(name, cheap, target, ids, text, args.time, args.target, args.rules)
+        rules = cascades(name, cheap, target, ids, text, args.target, args.rules)
+        own = [*references, *rules]
+        if args.rounds:
+            own = with_speed(own, stages_alone(name, args.target, ids), rules, args.rounds)
+        points += own
     figures = {
         "prompts": len(ids),
         "prompt_tokens": LENGTH,
@@ -385,7 +410,7 @@ def main() -> None:
     for name in STAGES:
         own = [p for p in points if p.stage == name]
         without = [p for p in own if p.way not in SWEEPS]
-        for cost in ("layers", "milliseconds") if args.time else ("layers",):
+        for cost in ("layers", "milliseconds") if args.rounds else ("layers",):
             for p, lead in above([p for p in own if p.way in SWEEPS], without, cost):
                 print(f"{name}, {p.way}:{p.bound:g}: {lead:+.3f} above the others at as many {cost}")
 

@@ -21,7 +21,6 @@ def install(*, for_every_engine: bool = True, async_scheduling: bool | None = No
     """
     from vllm.triton_utils import HAS_TRITON
 
-    from vllm_spec_plugins.cpu import interpreted
     from vllm_spec_plugins.cpu.hooks import ASYNC_VARIABLE, FAST_LANE, HOOKS, INTERPRETED, WITHOUT_TRITON
     from vllm_spec_plugins.hook import apply
 
@@ -30,7 +29,7 @@ def install(*, for_every_engine: bool = True, async_scheduling: bool | None = No
     if not HAS_TRITON:
         apply(HOOKS + WITHOUT_TRITON + FAST_LANE)
     elif os.environ.get("TRITON_INTERPRET") == "1":
-        apply(HOOKS + INTERPRETED + (FAST_LANE if interpreted.only_attention else ()))
+        apply(HOOKS + INTERPRETED)
     else:  # a Triton that compiles for the CPU: vLLM's own kernels run
         apply(HOOKS)
     _warn_of_broken_companions()

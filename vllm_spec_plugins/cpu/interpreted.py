@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The interpreted lane, for tests: vLLM's and this package's real Triton kernels under Triton's interpreter, slowly.
+"""The interpreted lane, for tests: vLLM's and this package's real Triton kernels under Triton's interpreter, a launch's
+programs in step (cpu/lockstep.py).
 
     from vllm_spec_plugins.cpu import interpreted
     interpreted.enable()  # before anything imports vllm
@@ -19,17 +20,10 @@ from typing import Any
 
 from vllm_spec_plugins import compiled
 
-# Whether V2's small kernels keep their versions for the CPU.
-only_attention = False
 
-
-def enable(only_attention: bool = False) -> None:
-    """Turn the interpreter on in this process. Needs the triton package. Raises RuntimeError when it is too late.
-
-    `only_attention` keeps the CPU's versions of Model Runner V2's small kernels, which are tested by themselves and are most of
-    the time: what is interpreted then is attention and this package's kernels.
-    """
-    globals()["only_attention"], compiled.use_kernels = only_attention, True
+def enable() -> None:
+    """Turn the interpreter on in this process. Needs the triton package. Raises RuntimeError when it is too late."""
+    compiled.use_kernels = True
     if os.environ.get("TRITON_INTERPRET") == "1" and _enabled():
         return
     late = [name for name in ("vllm.triton_utils", "vllm.platforms") if name in sys.modules]
@@ -65,6 +59,9 @@ def enable(only_attention: bool = False) -> None:
 
     backends["cpu"] = Backend(BaseBackend, InterpretedDriver)
     _repair_interpreter()
+    from vllm_spec_plugins.cpu import lockstep
+
+    lockstep.enable()
 
 
 def _repair_interpreter() -> None:

@@ -17,7 +17,7 @@ from typing import Any
 from vllm_spec_plugins.cpu import interpreted
 
 if __name__ == "__main__":
-    interpreted.enable(only_attention=True)
+    interpreted.enable()
 
 import numpy as np
 import torch

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Serves requests with plugins in the interpreted lane, one engine after the other in a process of its own.
 
-    python -m tests.engine.cpu.served LANE < job.json
+    python -m tests.engine.cpu.served < job.json
 
-LANE as TEST_LANE: kernels or interpreted. The job: {"plugins": {name: settings}, "batch": [{"prompt": token ids, "params":
+The job: {"plugins": {name: settings}, "batch": [{"prompt": token ids, "params":
 SamplingParams arguments}, ...]}. Prints one JSON object: plugin -> tokens, attention classes, launches by kernel, and the
 target's steps.
 """
@@ -17,8 +17,8 @@ from collections import Counter
 from typing import Any
 
 
-def main(lane: str) -> dict[str, Any]:
-    os.environ["TEST_LANE"] = lane
+def main() -> dict[str, Any]:
+    os.environ["TEST_LANE"] = "interpreted"
     import tests.engine.conftest  # noqa: F401  (before vllm is imported)
     import vllm_spec_plugins
     from tests.engine.cpu.decode import DEFAULTS, TARGET
@@ -54,4 +54,4 @@ def main(lane: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(sys.argv[1])))
+    print(json.dumps(main()))

@@ -22,9 +22,9 @@ PLUGINS: dict[str, dict[str, Any]] = {
 }
 
 
-def serve(lane: str, plugins: dict[str, dict[str, Any]], batch: list[Request]) -> dict[str, Any]:
+def serve(plugins: dict[str, dict[str, Any]], batch: list[Request]) -> dict[str, Any]:
     run = subprocess.run(
-        [sys.executable, "-m", "tests.engine.cpu.served", lane],
+        [sys.executable, "-m", "tests.engine.cpu.served"],
         cwd=ROOT,
         input=json.dumps({"plugins": plugins, "batch": batch}),
         capture_output=True,
@@ -52,7 +52,7 @@ def plain(batch: list[Request]) -> list[list[int]]:
 
 @pytest.mark.parametrize("name", PLUGINS)
 def test_text_is_plain_decodings(name: str, batch: list[Request], plain: list[list[int]]) -> None:
-    found = serve("kernels", {name: PLUGINS[name]}, batch)[name]
+    found = serve({name: PLUGINS[name]}, batch)[name]
     assert found["tokens"] == plain
     assert found["attention"] == ["TritonTreeImpl"]
     if name != "lookahead":  # which has to have seen some of the text
