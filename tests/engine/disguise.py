@@ -129,7 +129,7 @@ def disguise(monkeypatch: pytest.MonkeyPatch, warm: int = 3) -> Steps:
     def initialize(self: Any, kv_cache_config: Any, block_tables: Any) -> None:
         with torch.inference_mode(), device():
             bound(self, kv_cache_config, block_tables)
-            self._caches, self._block_tables = on_device(self._caches), There(block_tables)
+            self._block_tables = There(block_tables)
             for move in self._commits:
                 move.caches = on_device(move.caches)
             for each in self.speculator.drafters:

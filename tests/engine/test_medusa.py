@@ -74,6 +74,7 @@ def test_a_fixed_trees_text_is_plain_decodings(
     assert speed > 1.5
 
 
+@pytest.mark.cpu_lane("loops are compiled there only")
 def test_a_trees_loops_are_compiled_at_the_start_for_what_serving_gives_them(medusa: Any, prompts: Any) -> None:
     from vllm_spec_plugins.tree import ranks_loops
 

@@ -64,6 +64,7 @@ def test_the_engine_runs_both_proposers(engines: dict[str, Any]) -> None:
     assert (places > 0).all() and (right > 0).all()
 
 
+@pytest.mark.cpu_lane("loops are compiled there only")
 def test_what_the_mixture_compiled_at_the_start_is_all_that_serving_needs(engines: dict[str, Any]) -> None:
     from vllm_spec_plugins.tree import union_loops
 

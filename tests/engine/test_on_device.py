@@ -16,6 +16,8 @@ from tests.engine.disguise import disguise
 from tests.models.llama import load_checkpoint
 from tests.no_sync import on_host
 
+pytestmark = pytest.mark.cpu_lane("tensors in disguise are answered by torch, never by a kernel")
+
 PLUGINS: dict[str, tuple[str, dict[str, Any]]] = {
     "lookahead": ("lookahead", {}),
     "window": ("lookahead", {"window": 4, "ngram": 4, "guesses": 3, "min_chance": 0.0}),

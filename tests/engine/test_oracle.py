@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import vllm_spec_plugins
+from tests.engine.conftest import LANE
 from tests.engine.oracle import Oracle
 from vllm_spec_plugins import compiled
-from vllm_spec_plugins.engine import attention
 
 TOKENS = 40
 CALLS = r"((self|os|np)\.[a-z_]{2,12}\([a-z0-9, ]{0,16}\)\n){3,9}"
@@ -137,16 +137,20 @@ def test_a_second_turn_over_generated_text_hits_the_prefix_cache_and_is_plain_de
 
 
 def no_commit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vllm_spec_plugins.engine.kv.commit", lambda *args: None)
+    monkeypatch.setattr("vllm_spec_plugins.engine.kv.PathCommit.__call__", lambda *args: None)
 
 
 def causal_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = attention.CPUAttentionMetadataBuilder.build
+    if LANE:
+        from vllm_spec_plugins.engine.triton_attention import TritonTreeBuilder as Ours
+    else:
+        from vllm_spec_plugins.engine.attention import TreeAttentionBuilder as Ours
+    plain = Ours.__mro__[1].build  # type: ignore[attr-defined]
 
     def build(self: Any, *args: Any, trees: Any = None, **kwargs: Any) -> Any:
         return plain(self, *args, **kwargs)
 
-    monkeypatch.setattr(attention.TreeAttentionBuilder, "build", build)
+    monkeypatch.setattr(Ours, "build", build)
 
 
 def linear_positions(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.cpu_lane("ranks are processes of their own, and the interpreter is on in this one")
 @pytest.mark.timeout(420)
 def test_output_on_two_ranks_is_plain_decodings_on_two_ranks() -> None:
     process = subprocess.run(

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_spec_plugins.tree.accept import Acceptance
 from vllm_spec_plugins.tree.tree import TokenTree
 
 
@@ -92,6 +91,13 @@ def test_the_layout_check_passes_for_what_is_read_and_refuses_another_layout(mon
 def test_commit_reads_every_source_before_it_writes(seed: int) -> None:
     from vllm_spec_plugins.engine import kv
     from vllm_spec_plugins.engine.attention import key_blocks, value_blocks
+    from vllm_spec_plugins.engine.backend import on_triton
+
+    def held(cache: torch.Tensor, block: int, offset: int) -> torch.Tensor:
+        """Keys and values of a slot, as the lane lays them out."""
+        if on_triton(cache.device):
+            return cache[block, :, offset]
+        return torch.cat((key_blocks(cache)[block, :, :, offset], value_blocks(cache)[block, :, offset]), 1)
 
     generator = torch.Generator().manual_seed(seed)
     cache = torch.randn(6, 2, 32, 16, generator=generator)
@@ -99,8 +105,7 @@ def test_commit_reads_every_source_before_it_writes(seed: int) -> None:
     # Request 0 sits across a block border: root at position 30, nodes in rows 1..5; request 1 accepts nothing.
     table = torch.tensor([[4, 2], [1, 3]], dtype=torch.int32)
     path = torch.tensor([[2, 3, 5], [0, 0, 0]])
-    acceptance = Acceptance(path, torch.tensor([3, 0]), torch.empty(0), torch.empty(0))
-    request, source, target = kv.moves(acceptance, torch.tensor([30, 10]))
+    request, source, target = kv.moves(path, torch.tensor([3, 0]), torch.tensor([30, 10]))
     assert source.tolist() == [32, 33, 35]
     assert target.tolist() == [31, 32, 33]
     kv.commit([cache], table[request], 32, source, target)
@@ -109,13 +114,7 @@ def test_commit_reads_every_source_before_it_writes(seed: int) -> None:
         return (4, position) if position < 32 else (2, position - 32)
 
     for read, write in zip(source.tolist(), target.tolist(), strict=True):
-        (from_block, from_offset), (to_block, to_offset) = slot(read), slot(write)
-        assert torch.equal(
-            key_blocks(cache)[to_block, :, :, to_offset], key_blocks(before)[from_block, :, :, from_offset]
-        )
-        assert torch.equal(
-            value_blocks(cache)[to_block, :, to_offset], value_blocks(before)[from_block, :, from_offset]
-        )
+        assert torch.equal(held(cache, *slot(write)), held(before, *slot(read)))
     untouched = [block for block in range(6) if block not in (2, 4)]
     assert torch.equal(cache[untouched], before[untouched])
 
@@ -146,7 +145,7 @@ def test_paths_are_committed_alike_whether_or_not_the_host_knows_the_moves(seed:
         path = path.masked_fill(torch.arange(depth) >= accepted.unsqueeze(1), 0)
         root = torch.randint(50, (batch,), generator=generator)
         root[2] = 33
-        request, source, target = kv.moves(Acceptance(path, accepted, torch.empty(0), torch.empty(0)), root)
+        request, source, target = kv.moves(path, accepted, root)
         kv.commit([before], table[request], size, source, target)
         kv.commit_paths([cache], table, size, root, path, accepted)
         assert torch.equal(cache, before)
@@ -157,8 +156,7 @@ def test_paths_are_committed_alike_whether_or_not_the_host_knows_the_moves(seed:
 def test_a_path_along_the_row_order_moves_nothing() -> None:
     from vllm_spec_plugins.engine import kv
 
-    acceptance = Acceptance(torch.tensor([[1, 2, 3]]), torch.tensor([2]), torch.empty(0), torch.empty(0))
-    request, _, _ = kv.moves(acceptance, torch.tensor([7]))
+    request, _, _ = kv.moves(torch.tensor([[1, 2, 3]]), torch.tensor([2]), torch.tensor([7]))
     assert len(request) == 0
 
 

@@ -7,6 +7,8 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+import pytest
+
 import vllm_spec_plugins
 
 MODULES = [
@@ -30,6 +32,7 @@ def compiled() -> dict[str, list[Any]]:
     }
 
 
+@pytest.mark.cpu_lane("loops are compiled there only")
 def test_serving_compiles_nothing(engine: Callable[..., Any], prompts: list[list[int]]) -> None:
     from vllm import SamplingParams
 

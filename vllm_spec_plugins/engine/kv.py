@@ -9,28 +9,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_spec_plugins.compiled import kernels_for
+from vllm_spec_plugins.compiled import kernels_for, loops_for
 from vllm_spec_plugins.engine.attention import key_blocks, value_blocks
 from vllm_spec_plugins.engine.backend import on_triton
-from vllm_spec_plugins.tree.accept import Acceptance
 
 
-def moves(acceptance: Acceptance, root: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def moves(path: Tensor, num_accepted: Tensor, root: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Which accepted nodes stand in the wrong slot.
 
     Args:
-        acceptance: B requests, paths of up to D rows.
+        path: [B, D] int64, `num_accepted` [B] rows each, behind the root: as in Acceptance.
         root: [B] int64, position of each request's root.
 
     Returns:
         request, source position, destination position, each [M] int64. A path that is a prefix of the row order (a
         chain, or the first n-gram of a trie) needs no move.
     """
-    steps = torch.arange(1, acceptance.path.shape[1] + 1, device=root.device)
-    accepted = steps <= acceptance.num_accepted.unsqueeze(1)
-    request, step = (accepted & (acceptance.path != steps)).nonzero(as_tuple=True)
+    steps = torch.arange(1, path.shape[1] + 1, device=root.device)
+    accepted = steps <= num_accepted.unsqueeze(1)
+    request, step = (accepted & (path != steps)).nonzero(as_tuple=True)
     start = root[request]
-    return request, start + acceptance.path[request, step], start + step + 1
+    return request, start + path[request, step], start + step + 1
 
 
 def distinct(caches: Iterable[Tensor]) -> list[Tensor]:
@@ -58,6 +57,11 @@ class PathCommit:
 
     def __call__(self, block_table: Tensor, slots: Tensor, root: Tensor, path: Tensor, num_accepted: Tensor) -> None:
         """As `commit_paths`, with the block table of all requests [R, max_blocks] and this batch's `slots` [B] in it."""
+        if loops_for(root):
+            request, source, target = moves(path, num_accepted, root)
+            if len(request):
+                commit(self.caches, block_table[slots[request]], self.block_size, source, target)
+            return
         if kernels_for(root):
             from vllm_spec_plugins.kernels.kv_commit import kv_commit
 

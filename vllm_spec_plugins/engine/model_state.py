@@ -20,7 +20,6 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.utils import AttentionGroup
 
-from vllm_spec_plugins.compiled import loops_for
 from vllm_spec_plugins.engine import cascade, kv
 from vllm_spec_plugins.engine.backend import backend_of
 from vllm_spec_plugins.engine.settings import settings_of
@@ -79,18 +78,17 @@ class TreeModelState(ModelState):
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables) -> None:
         super().initialize_kv_cache(kv_cache_config, block_tables)
         self._block_tables = block_tables
-        self._commits: list[kv.PathCommit] = []
+        self._commits: list[kv.PathCommit] = []  # per K/V cache group
         self._draft_layers = frozenset(name for drafter in self.speculator.drafters for name in drafter.own)
         layers = self.vllm_config.compilation_config.static_forward_context
         backend = backend_of(self.device)
-        self._caches = []  # per K/V cache group, per layer
         kinds = set()  # of cache layouts: the target's, and each draft model's
         for group in kv_cache_config.kv_cache_groups:
             for layer in (layers[name] for name in group.layer_names):
                 kinds.add(backend.kind_of(layer, group.kv_cache_spec.block_size))
             own = [name for name in group.layer_names if name not in self._draft_layers]
-            self._caches.append(kv.distinct(layers[name].kv_cache for name in own))
-            self._commits.append(kv.PathCommit(self._caches[-1], group.kv_cache_spec.block_size))
+            caches = kv.distinct(layers[name].kv_cache for name in own)
+            self._commits.append(kv.PathCommit(caches, group.kv_cache_spec.block_size))
         for kind in kinds:
             backend.check_layout(*kind)
         for drafter in self.speculator.drafters:
@@ -151,18 +149,9 @@ class TreeModelState(ModelState):
             return
         assert num_computed_tokens is not None
         root = num_computed_tokens[idx_mapping].long() - num_sampled.long()
-        if not loops_for(root):
-            path, accepted = verified.acceptance.path, verified.acceptance.num_accepted
-            for group, move in enumerate(self._commits):
-                move(self._block_tables.block_tables[group].gpu, idx_mapping, root, path, accepted)
-            return
-        request, source, target = kv.moves(verified.acceptance, root)
-        if len(request) == 0:
-            return
-        slots = idx_mapping[request]
-        for group, caches in enumerate(self._caches):
-            table = self._block_tables.block_tables[group].gpu[slots]
-            kv.commit(caches, table, self._block_tables.block_sizes[group], source, target)
+        path, accepted = verified.acceptance.path, verified.acceptance.num_accepted
+        for group, move in enumerate(self._commits):
+            move(self._block_tables.block_tables[group].gpu, idx_mapping, root, path, accepted)
 
 
 def tree_positions(positions: Tensor, trees: StepTrees, batch: InputBatch) -> Tensor:
