@@ -122,8 +122,8 @@ class Builder(interpreter.InterpreterBuilder):
         return TensorHandle(self.programs.load(ptrs.data, seen, default, dtype), element)
 
     def create_masked_store(self, ptrs: Any, value: Any, mask: Any, *rest: Any) -> None:
-        seen = self.programs.masked(ptrs.data, mask.data.astype(np.bool_, copy=False))
-        self.programs.store(ptrs.data, value.data, seen)
+        pointers = ptrs.data if len(value.data) == 1 else np.broadcast_to(ptrs.data, value.data.shape)
+        self.programs.store(pointers, value.data, self.programs.masked(pointers, mask.data.astype(np.bool_, copy=False)))
 
     def create_reshape(self, arg: Any, shape: Any, allow_reorder: bool) -> Any:
         return TensorHandle(_shaped(arg.data, *shape), arg.dtype.scalar)
