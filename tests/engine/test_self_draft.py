@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import vllm_spec_plugins
-from tests.engine.conftest import MODELS, TARGET
+from tests.engine.conftest import LANE, MODELS, TARGET
 from tests.engine.decoding import SAMPLINGS, generate
 from tests.models.llama import load_checkpoint, rms_norm
 from vllm_spec_plugins.config import SettingError
@@ -69,7 +69,8 @@ def test_exit_policies_stop_drafts_and_leave_the_text_alone(
         assert generate(engines["prefix"], prompts[:6], sampling)[0] == expected
     finally:
         one.policy = one.kept = None
-    assert 0.05 < rows["good"] / rows["all"] < 0.95
+    # Where shapes are fixed, most of the rows are of no request.
+    assert (0.01 if LANE else 0.05) < rows["good"] / rows["all"] < 0.95
 
 
 @pytest.mark.parametrize("kind", ["gate", "hash"])
@@ -115,7 +116,8 @@ def test_gates_and_tables_made_by_the_command_stop_drafts_and_leave_the_text_alo
     sampling = [SAMPLINGS["mixed"](i) for i in range(6)]
     expected, _ = generate(plain, prompts[:6], sampling)
     assert generate(llm, prompts[:6], sampling)[0] == expected
-    assert 0.05 < rows["good"] / rows["all"] < 0.95
+    # Where shapes are fixed, most of the rows are of no request.
+    assert (0.01 if LANE else 0.05) < rows["good"] / rows["all"] < 0.95
     assert checked == 10
 
 
