@@ -139,7 +139,7 @@ def test_a_draft_that_costs_stops_and_is_trusted_grows_the_same_with_kernels(
 
 
 class OnDevice:
-    """A proposer on tensors in disguise. The first calls make what is made once."""
+    """A proposer on tensors in disguise. The first call makes what is made once."""
 
     def __init__(self, proposer: Any) -> None:
         self.proposer, self.calls = proposer, 0
@@ -150,7 +150,7 @@ class OnDevice:
     def propose(self, ctx: Any) -> Any:
         self.calls += 1
         given = on_device(ctx)
-        with no_sync() if self.calls > 2 else nullcontext():
+        with no_sync() if self.calls > 1 else nullcontext():
             return on_host(self.proposer.propose(given))
 
 
@@ -174,7 +174,7 @@ def test_what_stands_around_the_kernels_does_not_make_the_host_wait(
 ) -> None:
     seed = int(torch.randint(1 << 30, (1,), generator=rng))
     bigrams, table = (torch.randn(VOCAB, width, generator=rng) for width in (VOCAB, WIDTH))
-    prompts = [torch.randint(VOCAB, (9 + 3 * k,), generator=rng).tolist() for k in range(2)]
+    prompts = [torch.randint(VOCAB, (9,), generator=rng).tolist()]
     target = from_next_token(MarkovTarget(VOCAB, 1, 0.0, seed))
 
     def run(proposer: Any) -> Any:
@@ -189,7 +189,7 @@ def test_what_stands_around_the_kernels_does_not_make_the_host_wait(
     with torch.inference_mode(), device():
         there = OnDevice(proposer_of(name, DEVICE, bigrams, table))
         found = run(there)
-    assert there.calls > 3 and asked == PROPOSERS[name][1]
+    assert there.calls > 1 and asked == PROPOSERS[name][1]
     assert found.proposed == expected.proposed
 
 
