@@ -14,6 +14,9 @@ from torch import Tensor
 
 from vllm_spec_plugins.kernels.selection import bits_of
 
+# Requests that are added side by side, whatever the batch: what is compiled does not depend on it.
+TOGETHER = 32
+
 
 @triton.jit
 def _observe_kernel(
@@ -166,9 +169,8 @@ def observe(
         num_warps=max(1, min(4, block // 64)),
         enable_fp_fusion=False,
     )
-    few = min(32, triton.next_power_of_2(batch))
     _together_kernel[(sources,)](
-        counts[-1], new, batch, sources, bits_of(memory), few, num_warps=1, enable_fp_fusion=False
+        counts[-1], new, batch, sources, bits_of(memory), TOGETHER, num_warps=1, enable_fp_fusion=False
     )
 
 

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vllm_spec_plugins.kernels.selection import best, bits_of, digit_for
+from vllm_spec_plugins.kernels.selection import best, bits_of, digit_for, store_tree
 from vllm_spec_plugins.kernels.trie import tree_memory
 
 # Paths of ranks that `ranked` chooses among in registers. The default settings of Medusa make 224, 64 nodes 1114; where a
@@ -75,15 +75,10 @@ def _ranked_kernel(
         kept = best(tl.where(there, bits, -1), limit, least_bits, DIGIT)
         row = tl.cumsum(kept.to(tl.int32))
         parent = tl.where(parent > 0, tl.gather(row, tl.maximum(parent - 1, 0), 0), 0)
-    out = request * nodes
-    tl.store(tokens_ptr + out + row - 1, token, mask=kept)
-    tl.store(parents_ptr + out + row - 1, parent.to(tl.int64), mask=kept)
-    tl.store(out_ptr + out + row - 1, product, mask=kept)
-    rest = tl.arange(0, BLOCK_N)
-    empty = (rest >= tl.sum(kept.to(tl.int32))) & (rest < nodes)
-    tl.store(tokens_ptr + out + rest, tl.full([BLOCK_N], -1, tl.int64), mask=empty)
-    tl.store(parents_ptr + out + rest, tl.zeros([BLOCK_N], tl.int64), mask=empty)
-    tl.store(out_ptr + out + rest, tl.zeros([BLOCK_N], tl.float32), mask=empty)
+    tokens_ptr += request * nodes
+    parents_ptr += request * nodes
+    out_ptr += request * nodes
+    store_tree(tokens_ptr, parents_ptr, out_ptr, row - 1, kept, token, parent, product, nodes, BLOCK_N)
 
 
 def ranked(
@@ -411,18 +406,15 @@ def _likeliest_kernel(
     link = tl.load(links_ptr + request * candidates + node, mask=there, other=0).to(tl.int32)
     parent = tl.where(link > 0, tl.gather(row, tl.maximum(link - 1, 0), 0) + 1, 0)
     token = tl.load(tokens_ptr + request * candidates + node, mask=kept, other=-1)
-    out = request * nodes
-    tl.store(out_tokens_ptr + out + row, token, mask=kept)
-    tl.store(out_parents_ptr + out + row, parent.to(tl.int64), mask=kept)
-    tl.store(out_chance_ptr + out + row, chance, mask=kept)
-    tl.store(chosen_ptr + out + row, node.to(tl.int64), mask=kept)
+    out_tokens_ptr += request * nodes
+    out_parents_ptr += request * nodes
+    out_chance_ptr += request * nodes
+    chosen_ptr += request * nodes
+    store_tree(out_tokens_ptr, out_parents_ptr, out_chance_ptr, row, kept, token, parent, chance, nodes, BLOCK_N)
+    tl.store(chosen_ptr + row, node.to(tl.int64), mask=kept)
     rest = tl.arange(0, BLOCK_N)
-    empty = (rest >= tl.sum(kept.to(tl.int32))) & (rest < nodes)
-    nothing = tl.zeros([BLOCK_N], tl.int64)
-    tl.store(out_tokens_ptr + out + rest, nothing - 1, mask=empty)
-    tl.store(out_parents_ptr + out + rest, nothing, mask=empty)
-    tl.store(out_chance_ptr + out + rest, nothing.to(tl.float32), mask=empty)
-    tl.store(chosen_ptr + out + rest, nothing, mask=empty)
+    absent = (rest >= tl.sum(kept.to(tl.int32))) & (rest < nodes)
+    tl.store(chosen_ptr + rest, tl.zeros([BLOCK_N], tl.int64), mask=absent)
 
 
 def likeliest_nodes(

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# A text is searched in at most so many parts, of this many tokens at least: few places are left to pick among, and a
-# single long text still occupies the device.
+# The longest text that there may be is searched in at most so many parts, of this many tokens at least: few places are left
+# to pick among, and a single long text still occupies the device.
 PARTS, SHORTEST = 64, 512
 
 
@@ -143,8 +143,10 @@ def history_guesses(
     assert ngrams.is_contiguous() and odds.is_contiguous()
     if not (batch and span and guesses and length):
         return ngrams, odds
-    block = triton.next_power_of_2(max(SHORTEST, triton.cdiv(span, PARTS)))
-    parts = triton.cdiv(span, block)
+    # What is compiled depends on the table's width, not on how long the texts have become.
+    widest = token_ids.shape[1]
+    block = triton.next_power_of_2(max(SHORTEST, triton.cdiv(widest, PARTS)))
+    parts, most = triton.cdiv(span, block), triton.cdiv(widest, block) * guesses
     places = torch.empty(batch, parts * guesses, dtype=torch.int32, device=device)
     text = token_ids, slots, lengths, places
     stride = token_ids.stride(0)
@@ -160,10 +162,10 @@ def history_guesses(
         length,
         longest,
         parts * guesses,
-        triton.next_power_of_2(parts * guesses),
+        triton.next_power_of_2(most),
         triton.next_power_of_2(guesses),
         triton.next_power_of_2(length),
         triton.next_power_of_2(longest),
-        num_warps=1 if parts * guesses <= 512 else 4,
+        num_warps=1 if most <= 512 else 4,
     )
     return ngrams, odds

@@ -15,6 +15,9 @@ from torch import Tensor
 
 SPREAD = tl.constexpr(0x9E3779B1)  # proposers.pool._SPREAD
 
+# N-grams before its own that a program looks at side by side.
+AT_ONCE = 32
+
 
 @triton.jit
 def _bucket(key, buckets):
@@ -65,7 +68,8 @@ def _put(kept, count, ngram, WAYS: tl.constexpr):
     return kept, tl.where(known, count, count + 1)
 
 
-@triton.jit
+# How many n-grams there are goes with the batch where all requests share a pool: it must not make another program each time.
+@triton.jit(do_not_specialize=["many"])
 def _insert_kernel(
     entries_ptr,
     rows_ptr,
@@ -75,7 +79,7 @@ def _insert_kernel(
     ways,
     ngram,
     many,
-    MANY: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     WAYS: tl.constexpr,
     NGRAM: tl.constexpr,
 ):
@@ -87,10 +91,13 @@ def _insert_kernel(
     valid_ptr += row.to(tl.int64) * many
     if tl.load(valid_ptr + own) != 0:
         bucket = _bucket(tl.load(ngrams_ptr + own * ngram), buckets)
-        each = tl.arange(0, MANY)
-        earlier = (each < own) & (tl.load(valid_ptr + each, mask=each < own, other=0) != 0)
-        keys = tl.load(ngrams_ptr + each * ngram, mask=earlier, other=0)
-        if tl.sum((earlier & (_bucket(keys, buckets) == bucket)).to(tl.int32)) == 0:
+        taken = tl.zeros([AT_ONCE], tl.int32)
+        for begin in range(0, own, AT_ONCE):
+            each = begin + tl.arange(0, AT_ONCE)
+            earlier = (each < own) & (tl.load(valid_ptr + each, mask=each < own, other=0) != 0)
+            keys = tl.load(ngrams_ptr + each * ngram, mask=earlier, other=0)
+            taken += (earlier & (_bucket(keys, buckets) == bucket)).to(tl.int32)
+        if tl.sum(taken) == 0:
             way, place = tl.arange(0, WAYS)[:, None], tl.arange(0, NGRAM)[None, :]
             entries_ptr += (tl.load(rows_ptr + row) * (buckets + 1) + bucket) * ways * ngram
             kept = tl.full((WAYS, NGRAM), -1, tl.int64)
@@ -136,7 +143,7 @@ def insert(entries: Tensor, rows: Tensor, ngrams: Tensor, valid: Tensor) -> None
             ways,
             ngram,
             many,
-            triton.next_power_of_2(many),
+            AT_ONCE,
             triton.next_power_of_2(ways),
             triton.next_power_of_2(ngram),
             num_warps=1,

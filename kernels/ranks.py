@@ -12,6 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# Requests that are added side by side, whatever the batch: what is compiled does not depend on it.
+TOGETHER = 32
+
 
 @triton.jit
 def _judge_kernel(
@@ -118,7 +121,7 @@ def judge(
     state = offered, offered_at, hits, seen, slots, token_ids, lengths, num_emitted, new
     shape = token_ids.stride(0), depth, per_depth, keep, triton.next_power_of_2(depth), width
     _judge_kernel[(batch,)](*state, *shape, num_warps=1, enable_fp_fusion=False)
-    shape = batch, depth, per_depth, keep, min(32, triton.next_power_of_2(batch)), width
+    shape = batch, depth, per_depth, keep, TOGETHER, width
     _together_kernel[(depth,)](hits[-1], seen[-1], new, *shape, num_warps=1, enable_fp_fusion=False)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What several kernels do with a vector of chances that lies in registers: find those that are worth a node.
+"""What several kernels do with a vector of chances that lies in registers: find those that are worth a node, and store them.
 
 Chances are at least 0, so as integers of their own bits they sort as they do; -1 stands for what is no candidate. On
 bits every comparison is exact, and a threshold that comes as a kernel's argument keeps all of its 64 bits (Triton makes
@@ -49,3 +49,17 @@ def best(bits, limit, least, DIGIT: tl.constexpr):
     level = (bits == floor).to(tl.int32)
     first = (level > 0) & (tl.cumsum(level) <= limit - tl.sum(above.to(tl.int32)))
     return (above | first) & (bits >= least)
+
+
+@triton.jit
+def store_tree(tokens_ptr, parents_ptr, chance_ptr, place, kept, token, parent, chance, nodes, BLOCK_N: tl.constexpr):
+    """Write a tree [nodes]: the nodes that are `kept`, each at its `place` from 0 on, and behind them what is absent."""
+    tl.store(tokens_ptr + place, token, mask=kept)
+    tl.store(parents_ptr + place, parent.to(tl.int64), mask=kept)
+    tl.store(chance_ptr + place, chance, mask=kept)
+    rest = tl.arange(0, BLOCK_N)
+    absent = (rest >= tl.sum(kept.to(tl.int32))) & (rest < nodes)
+    nothing = tl.zeros([BLOCK_N], tl.int64)
+    tl.store(tokens_ptr + rest, nothing - 1, mask=absent)
+    tl.store(parents_ptr + rest, nothing, mask=absent)
+    tl.store(chance_ptr + rest, nothing.to(chance.dtype), mask=absent)

@@ -135,7 +135,8 @@ def _attend_tile(
     return acc, total, higher
 
 
-@triton.jit
+# How many parts and requests there are goes with the batch.
+@triton.jit(do_not_specialize=["splits"])
 def tree_attention_kernel(
     query_ptr, key_ptr, value_ptr, out_ptr, partial_ptr, peak_ptr, total_ptr,
     start_ptr, prefix_ptr, behind_ptr, words_ptr, depth_ptr, table_ptr, k_scale_ptr, v_scale_ptr,
@@ -225,7 +226,7 @@ def tree_attention_kernel(
         tl.store(outs, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["requests"])
 def merge_kernel(
     partial_ptr, peak_ptr, total_ptr, out_ptr, start_ptr, requests,
     out_row_stride: tl.constexpr, out_head_stride: tl.constexpr,

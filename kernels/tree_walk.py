@@ -51,7 +51,8 @@ def tree_walk_reference(
     return path, count.squeeze(1), emitted, ((count + 1) * (last >= 0)).squeeze(1)
 
 
-@triton.jit
+# Strides are those of rows of N or of a tensor that a rule has made: not worth a program for each.
+@triton.jit(do_not_specialize=["tokens_row_stride", "parents_row_stride", "drawn_row_stride", "wrong_row_stride"])
 def tree_walk_kernel(
     tokens_ptr,
     tokens_row_stride,

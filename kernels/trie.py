@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vllm_spec_plugins.kernels.selection import bits_of, digit_for, kth_largest
+from vllm_spec_plugins.kernels.selection import bits_of, digit_for, kth_largest, store_tree
 
 
 @triton.jit(do_not_specialize=["limit", "least_bits"])
@@ -65,15 +65,11 @@ def _trie_kernel(
     parent = tl.where(above >= 0, tl.gather(row, tl.maximum(above, 0), 0), 0)
     node = tl.arange(0, BLOCK_G * BLOCK_L)
     token = tl.load(ngrams_ptr + node // BLOCK_L * length + node % BLOCK_L, mask=kept, other=-1)
-    out = request * nodes
-    tl.store(tokens_ptr + out + row - 1, token, mask=kept)
-    tl.store(parents_ptr + out + row - 1, parent.to(tl.int64), mask=kept)
-    tl.store(chance_ptr + out + row - 1, bits.to(tl.float64, bitcast=True), mask=kept)
-    rest = tl.arange(0, BLOCK_N)
-    empty = (rest >= tl.sum(kept.to(tl.int32))) & (rest < nodes)
-    tl.store(tokens_ptr + out + rest, tl.full([BLOCK_N], -1, tl.int64), mask=empty)
-    tl.store(parents_ptr + out + rest, tl.zeros([BLOCK_N], tl.int64), mask=empty)
-    tl.store(chance_ptr + out + rest, tl.zeros([BLOCK_N], tl.float64), mask=empty)
+    chance = bits.to(tl.float64, bitcast=True)
+    tokens_ptr += request * nodes
+    parents_ptr += request * nodes
+    chance_ptr += request * nodes
+    store_tree(tokens_ptr, parents_ptr, chance_ptr, row - 1, kept, token, parent, chance, nodes, BLOCK_N)
 
 
 def trie(

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vllm_spec_plugins.kernels.selection import best, bits_of, digit_for
+from vllm_spec_plugins.kernels.selection import best, bits_of, digit_for, store_tree
 from vllm_spec_plugins.kernels.trie import tree_memory
 
 
@@ -122,15 +122,10 @@ def _union_kernel(
     kept = best(bits, limit, least_bits, DIGIT)
     place = tl.cumsum(kept.to(tl.int32))
     parent = tl.gather(place, up, 0)
-    out = request * nodes
-    tl.store(out_tokens_ptr + out + place - 1, token, mask=kept)
-    tl.store(out_parents_ptr + out + place - 1, parent.to(tl.int64), mask=kept)
-    tl.store(out_chance_ptr + out + place - 1, chance, mask=kept)
-    rest = tl.arange(0, BLOCK_N)
-    empty = (rest >= tl.sum(kept.to(tl.int32))) & (rest < nodes)
-    tl.store(out_tokens_ptr + out + rest, tl.full([BLOCK_N], -1, tl.int64), mask=empty)
-    tl.store(out_parents_ptr + out + rest, tl.zeros([BLOCK_N], tl.int64), mask=empty)
-    tl.store(out_chance_ptr + out + rest, tl.zeros([BLOCK_N], tl.float64), mask=empty)
+    out_tokens_ptr += request * nodes
+    out_parents_ptr += request * nodes
+    out_chance_ptr += request * nodes
+    store_tree(out_tokens_ptr, out_parents_ptr, out_chance_ptr, place - 1, kept, token, parent, chance, nodes, BLOCK_N)
 
 
 def union(

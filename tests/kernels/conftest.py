@@ -13,8 +13,15 @@ if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
 os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
+import torch
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
+
+from tests.kernels.cases import Cases, random_cases
+from vllm_spec_plugins.cpu import interpreted
+
+# Some tests import vllm: that it finds the interpreter must not hang on which of them comes first.
+interpreted.enable()
 
 # What triton itself wrote in Triton shows whether the interpreter took.
 assert isinstance(tl.sum, InterpretedFunction), "TRITON_INTERPRET=1 did not turn Triton's interpreter on"
@@ -26,3 +33,9 @@ def _kernels_are_called_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm_spec_plugins import compiled
 
     monkeypatch.setattr(compiled, "use_kernels", False)
+
+
+@pytest.fixture
+def cases(rng: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> Cases:
+    """`for draw in cases(kernel, ...)`: random cases, until each kernel was compared in enough of them."""
+    return lambda *kernels: random_cases(rng, monkeypatch, kernels)

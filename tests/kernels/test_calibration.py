@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.kernels.cases import Cases
 from tests.kernels.guarded import Guarded
 from tests.unit.tree.naive import random_tree
 from vllm_spec_plugins import compiled
@@ -29,19 +30,24 @@ def some_forest(rng: torch.Generator, batch: int, sizes: tuple[int, ...], deepes
     return Forest.of(trees)
 
 
-@pytest.mark.parametrize(("sizes", "batch"), [((3,), 1), ((8, 5), 4), ((4, 9, 6), 5), ((20, 21), 3)])
 def test_figures_and_factors_are_those_of_the_plain_versions(
-    sizes: tuple[int, ...], batch: int, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+    cases: Cases, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    requests, deepest, memory = 7, 4, Guarded(rng)
-    looped, plain = (Calibration(requests, sizes, deepest, CPU) for _ in range(2))
-    names = "tokens", "parents", "odds", "source", "offered_at", "counts"
-    ours = {name: memory.holding(getattr(plain, name)) for name in names}
-    token_ids = torch.randint(2, (requests, 20), generator=rng, dtype=torch.int32)
-    for _ in range(5):
+    for draw in cases(kernel._observe_kernel, kernel._together_kernel, kernel._factors_kernel):
+        sizes, deepest = tuple(draw.numbers((1, 3), (1, 11))), draw.number(1, 5)
+        requests, batch, memory = draw.number(5, 8), draw.number(1, 5), Guarded(rng)
+        looped, plain = (Calibration(requests, sizes, deepest, CPU) for _ in range(2))
+        # As if some thousand places had been seen, none of some sources.
+        seen = torch.rand(requests + 1, len(sizes), 3, generator=rng).double().sort(2, descending=True).values * 1000
+        seen *= torch.rand(requests + 1, len(sizes), 1, generator=rng) < 0.7
+        for each in (looped, plain):
+            each.counts.copy_(seen)
+        names = "tokens", "parents", "odds", "source", "offered_at", "counts"
+        ours = {name: memory.holding(getattr(plain, name)) for name in names}
+        token_ids = torch.randint(2, (requests, draw.number(18, 21)), generator=rng, dtype=torch.int32)
         forest = some_forest(rng, batch, sizes, deepest)
         slots = torch.randperm(requests, generator=rng)[:batch]
-        lengths = torch.randint(8, 20, (batch,), generator=rng)
+        lengths = torch.randint(8, 18, (batch,), generator=rng)
         emitted = torch.randint(deepest + 3, (batch,), generator=rng)
         at = lengths - emitted - (torch.rand(batch, generator=rng) < 0.2).long()  # some are too late
         step = SimpleNamespace(slots=slots, token_ids=token_ids, lengths=lengths, num_emitted=emitted)
@@ -59,7 +65,7 @@ def test_figures_and_factors_are_those_of_the_plain_versions(
             torch.testing.assert_close(ours["counts"], each.counts, rtol=exact, atol=exact)
             torch.testing.assert_close(factors, each.factors(slots), rtol=exact, atol=exact)
             assert torch.equal(ours["offered_at"], each.offered_at)
-    memory.assert_untouched()
+        memory.assert_untouched()
 
 
 def test_a_promise_that_was_kept_is_seen() -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from tests.kernels.cases import Cases
 from tests.kernels.guarded import guards_hold, poisoned
 from vllm_spec_plugins.cpu import interpreted
 from vllm_spec_plugins.cpu.kernels.noise import gumbel_topk
@@ -49,17 +50,21 @@ def agree(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> bool:
     return bool((near & ((tokens == right) | unclear)).all())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("count", [1, 2, 3, 5, 8, 11, 16])
 def test_random_rows_are_ranked_as_the_reference_ranks_them(
-    count: int, dtype: torch.dtype, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+    cases: Cases, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "BLOCK_VOCAB", 64)  # many blocks for few tokens
-    for _ in range(3):
-        n, vocab_size = pick(1, 6, rng), pick(count, 300, rng)
+    for draw in cases(module.block_topk_kernel, module.merge_topk_kernel):
+        dtype, count = draw.one_of(torch.float32, torch.bfloat16, torch.float16), draw.number(1, 16)
+        n, vocab_size = draw.number(1, 6), draw.number(count, 300)
+        # Sometimes more children than fit one merge, which are merged in several.
+        monkeypatch.setattr(module, "BLOCK_PARTIAL", draw.one_of(4096, 4096, 64))
         logits = random_logits(n, vocab_size + 3, dtype, rng)[:, :vocab_size]
         heat, seeds, position = requests(n, rng)
-        scaled, coupled = bool(pick(0, 1, rng)), pick(0, 3, rng) > 0
+        scaled, coupled = draw.flip(), draw.number(0, 3) > 0
+        rows = None
+        if draw.flip():  # lines of fewer requests
+            rows = torch.randint(n, (n,), generator=rng).to(draw.one_of(torch.int32, torch.int64))
         blocks = -(-vocab_size // 64)
         tokens, scores, partial = (
             poisoned(shape, dtype, rng)
@@ -69,14 +74,13 @@ def test_random_rows_are_ranked_as_the_reference_ranks_them(
                 ((n, blocks, count), torch.int64),
             )
         )
-        got = coupled_topk(
-            logits, heat, seeds, position, count, scaled=scaled, coupled=coupled, out=(tokens, scores), partial=partial
-        )
+        given = logits, heat, seeds, position, count, rows
+        got = coupled_topk(*given, scaled=scaled, coupled=coupled, out=(tokens, scores), partial=partial)
         assert got[0] is tokens and got[1] is scores
         assert guards_hold(tokens) and guards_hold(scores) and guards_hold(partial)
-        expected = coupled_topk_reference(logits, heat, seeds, position, count, scaled=scaled, coupled=coupled)
+        expected = coupled_topk_reference(*given, scaled=scaled, coupled=coupled)
         assert agree(got, expected)
-        exact = heat == 0 if coupled else torch.ones(n, dtype=torch.bool)
+        exact = (heat if rows is None else heat[rows.long()]) == 0 if coupled else torch.ones(n, dtype=torch.bool)
         assert torch.equal(tokens[exact], expected[0][exact])
 
 

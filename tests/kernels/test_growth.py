@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.kernels.cases import Cases, Draw
 from tests.kernels.guarded import Guarded
 from vllm_spec_plugins import compiled
 from vllm_spec_plugins.kernels import growth
@@ -33,19 +34,17 @@ def tree_memory(memory: Guarded, batch: int, nodes: int) -> tuple[Tensor, Tensor
     return memory(shape, torch.int64), memory(shape, torch.int64), memory(shape, torch.float32)
 
 
-@pytest.mark.parametrize(
-    ("depth", "ranks", "nodes"), [(1, 1, 1), (1, 6, 4), (4, 1, 6), (4, 8, 16), (3, 5, 21), (2, 3, 33)]
-)
-@pytest.mark.parametrize("tied", [False, True])
 def test_the_tree_of_the_heads_is_that_of_the_plain_versions(
-    depth: int, ranks: int, nodes: int, tied: bool, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+    cases: Cases, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    memory = Guarded(rng)
-    table = plain._products(depth, ranks, nodes, CPU)
-    for limit, least in [(nodes, 0.0), (nodes // 2, 0.05), (nodes, 0.125), (0, 0.0)]:
-        candidates, chance = heads(rng, 2, depth, ranks, tied)
+    for draw in cases(growth._ranked_kernel):
+        depth, ranks, nodes, memory = draw.number(1, 4), draw.number(1, 8), draw.number(1, 33), Guarded(rng)
+        limit, least = draw.one_of(nodes, draw.number(0, nodes)), draw.one_of(0.0, 0.05, 0.125)
+        batch = draw.number(1, 3)
+        table = plain._products(depth, ranks, nodes, CPU)
+        candidates, chance = heads(rng, batch, depth, ranks, draw.flip())
         given = table.ranks, table.depth, table.parent
-        found = growth.ranked(candidates, chance, *given, nodes, limit, least, tree_memory(memory, 2, nodes))
+        found = growth.ranked(candidates, chance, *given, nodes, limit, least, tree_memory(memory, batch, nodes))
         for use_loops in (True, False):
             monkeypatch.setattr(compiled, "use_loops", use_loops)
             expected = plain.ranked(candidates, chance, nodes, limit, least)
@@ -53,18 +52,29 @@ def test_the_tree_of_the_heads_is_that_of_the_plain_versions(
             assert torch.equal(found[1], expected.parents)
             torch.testing.assert_close(found[2], expected.chance.float(), rtol=1e-5, atol=0)
         TokenTree(found[0], found[1], min(depth, nodes)).validate()
-    memory.assert_untouched()
+        memory.assert_untouched()
 
 
-@pytest.mark.parametrize("choices", [[[0]], [[0], [0, 0], [1], [0, 2], [0, 0, 1], [3]], [[k] for k in range(11)]])
+def some_choices(draw: Draw, nodes: int) -> list[list[int]]:
+    """Paths of a tree of `nodes` nodes and at most 4 levels, which need not begin with the best ranks."""
+    choices: list[list[int]] = []
+    while len(choices) < nodes:
+        above = draw.one_of([], *(path for path in choices if len(path) < 4))
+        path = [*above, draw.number(0, 9)]
+        if path not in choices:
+            choices.append(path)
+    return choices
+
+
 def test_a_fixed_tree_is_that_of_the_plain_versions(
-    choices: list[list[int]], rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+    cases: Cases, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shape, memory = from_choices(choices), Guarded(rng)
-    table = plain._paths_of(shape, CPU)
-    for limit in (shape.num_nodes, shape.num_nodes // 2, 0, 99):
-        candidates, chance = heads(rng, 5, shape.max_depth, max(shape.ranks) + 1, False)
-        out = tree_memory(memory, 5, shape.num_nodes)
+    for draw in cases(growth._ranked_kernel):
+        shape, memory = from_choices(some_choices(draw, draw.number(1, 19))), Guarded(rng)
+        table = plain._paths_of(shape, CPU)
+        batch, limit = draw.number(1, 5), draw.one_of(99, draw.number(0, shape.num_nodes))
+        candidates, chance = heads(rng, batch, shape.max_depth, max(shape.ranks) + draw.number(1, 3), False)
+        out = tree_memory(memory, batch, shape.num_nodes)
         found = growth.chosen(candidates, chance, table.ranks, table.depth, table.parent, limit, out)
         for use_loops in (True, False):
             monkeypatch.setattr(compiled, "use_loops", use_loops)
@@ -72,7 +82,7 @@ def test_a_fixed_tree_is_that_of_the_plain_versions(
             assert torch.equal(found[0], expected.tokens)
             assert torch.equal(found[1], expected.parents)
             torch.testing.assert_close(found[2], expected.chance.float(), rtol=1e-5, atol=0)
-    memory.assert_untouched()
+        memory.assert_untouched()
 
 
 class Looped:
@@ -100,18 +110,14 @@ class Looped:
                 assert np.array_equal(value, self.loops[name]), name
 
 
-@pytest.mark.parametrize(
-    ("children", "expanded", "width"),
-    [([4, 4, 4, 4], [1, 4, 5, 5], 23), ([3, 1, 2], [1, 3, 3], 4), ([5, 5], [1, 2], 8), ([1, 1, 1], [1, 1, 1], 2)],
-)
-@pytest.mark.parametrize("tied", [False, True])
-def test_levels_of_a_draft_grow_as_in_the_compiled_loops(
-    children: list[int], expanded: list[int], width: int, tied: bool, rng: torch.Generator
-) -> None:
-    batch, considered, memory = 3, 8, Guarded(rng)
-    for least in (0.0, 0.05, 0.2):
+def test_levels_of_a_draft_grow_as_in_the_compiled_loops(cases: Cases, rng: torch.Generator) -> None:
+    for draw in cases(growth._expand_kernel, growth._adopt_kernel, growth._likeliest_kernel):
+        children, tied, memory = draw.numbers((2, 3), (1, 5)), draw.flip(), Guarded(rng)
+        expanded = [1, *(draw.number(1, 5) for _ in children[1:])]
+        batch, considered, width = draw.number(1, 4), draw.number(max(children), 9), draw.number(1, 12)
+        least = draw.one_of(0.0, 0.05, 0.2)
         candidates = sum(rows * count for rows, count in zip(expanded, children, strict=True))
-        state = Looped(memory, batch, candidates, width)
+        state = Looped(memory, batch, candidates + draw.number(0, 3), width)
         request, row = np.arange(batch), np.zeros(batch, dtype=np.int64)
         rows = torch.zeros(batch, 1, dtype=torch.int64)
         for level, count in enumerate(children):
@@ -137,29 +143,29 @@ def test_levels_of_a_draft_grow_as_in_the_compiled_loops(
             loops.adopt(request, row, *given, *state.some("loops", names))
             growth.adopt(rows, found, scores, count, *state.some("kernels", names))
             state.assert_equal()
-        _assert_same_choice(memory, state, least)
-    memory.assert_untouched()
+            # From here on the loops' chances for both: the last bit of a softmax must not decide.
+            state.kernels["chances"].copy_(torch.from_numpy(state.loops["chances"]))
+        _assert_same_choice(draw, memory, state, least)
+        memory.assert_untouched()
 
 
-def _assert_same_choice(memory: Guarded, state: Looped, least: float) -> None:
+def _assert_same_choice(draw: Draw, memory: Guarded, state: Looped, least: float) -> None:
     names = "tokens links chances count"
-    # The loops' chances for both: the last bit of a softmax must not decide.
-    state.kernels["chances"].copy_(torch.from_numpy(state.loops["chances"]))
     batch, many = state.kernels["tokens"].shape
-    for nodes, limit in [(many + 3, many), (7, 5), (4, 0)]:
-        shape = (batch, nodes)
-        out = *tree_memory(memory, batch, nodes), memory(shape, torch.int64)
-        found = growth.likeliest_nodes(*state.some("kernels", names), nodes, limit, least, out)
-        expected = loops.likeliest_nodes(*state.some("loops", names), nodes, limit, np.float32(least))
-        for ours, theirs in zip(found, expected, strict=True):
-            assert np.array_equal(ours, theirs)
-        # Absent candidates have no chance in the tensors' layout.
-        there = torch.arange(many) < state.kernels["count"].unsqueeze(1)
-        tokens, links, chances, _ = state.some("kernels", names)
-        tree = _best(tokens, links, chances * there, None, nodes, min(limit, nodes), least, nodes)
-        assert torch.equal(found[0], tree.tokens)
-        assert torch.equal(found[1], tree.parents)
-        assert torch.equal(found[2], tree.chance)
+    nodes = draw.number(1, many + 3)
+    limit = draw.one_of(many, draw.number(0, nodes))
+    out = *tree_memory(memory, batch, nodes), memory((batch, nodes), torch.int64)
+    found = growth.likeliest_nodes(*state.some("kernels", names), nodes, limit, least, out)
+    expected = loops.likeliest_nodes(*state.some("loops", names), nodes, limit, np.float32(least))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert np.array_equal(ours, theirs)
+    # Absent candidates have no chance in the tensors' layout.
+    there = torch.arange(many) < state.kernels["count"].unsqueeze(1)
+    tokens, links, chances, _ = state.some("kernels", names)
+    tree = _best(tokens, links, chances * there, None, nodes, min(limit, nodes), least, nodes)
+    assert torch.equal(found[0], tree.tokens)
+    assert torch.equal(found[1], tree.parents)
+    assert torch.equal(found[2], tree.chance)
 
 
 def test_rows_whose_answer_is_not_good_have_no_children(rng: torch.Generator) -> None:

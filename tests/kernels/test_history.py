@@ -6,29 +6,28 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.kernels.cases import Cases
 from tests.kernels.guarded import Guarded
 from vllm_spec_plugins import compiled
 from vllm_spec_plugins.kernels import history
 from vllm_spec_plugins.proposers.history import LONGEST, SEARCHED, _odds, history_guesses
 
 
-@pytest.mark.parametrize(
-    ("guesses", "length", "long"), [(1, 1, 40), (4, 12, 40), (7, 4, 57), (19, 3, 33), (2, 16, 300)]
-)
 def test_the_guesses_are_those_of_the_plain_versions(
-    guesses: int, length: int, long: int, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+    cases: Cases, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(history, "SHORTEST", 16)  # several parts per text
-    monkeypatch.setattr(history, "PARTS", 5)
-    memory = Guarded(rng)
-    for vocab in (2, 5, 40):
-        lengths = torch.randint(1, long - 5, (4,), generator=rng)
-        token_ids = torch.randint(vocab, (9, long), generator=rng, dtype=torch.int32)
-        slots = torch.randperm(9, generator=rng)[:4]
-        bound = int(lengths.max()) + int(torch.randint(8, (1,), generator=rng))
-        odds_of = _odds(guesses, torch.device("cpu"))
-        shape = (4, guesses, length)
-        out = memory(shape, torch.int64), memory(shape, torch.float32)
+    for draw in cases(history._search_kernel, history._guess_kernel):
+        monkeypatch.setattr(history, "SHORTEST", draw.one_of(8, 16, 64))  # often several parts per text
+        monkeypatch.setattr(history, "PARTS", draw.number(2, 6))
+        guesses, length, long, memory = draw.number(1, 9), draw.number(1, 14), draw.number(8, 90), Guarded(rng)
+        batch, requests, vocab = draw.number(1, 4), draw.number(4, 7), draw.one_of(2, 5, 40)
+        lengths = torch.randint(1, long - 5, (batch,), generator=rng)
+        token_ids = torch.randint(vocab, (requests, long), generator=rng, dtype=torch.int32)
+        slots = torch.randperm(requests, generator=rng)[:batch]
+        bound = int(lengths.max()) + draw.number(0, 7)
+        odds_of = _odds(guesses, torch.device("cpu")).to(draw.one_of(torch.float32, torch.float64))
+        shape = (batch, guesses, length)
+        out = memory(shape, torch.int64), memory(shape, odds_of.dtype)
         given = token_ids, slots, lengths, bound, guesses, length
         ngrams, odds = history.history_guesses(*given, SEARCHED, odds_of, out)
         for loops in (True, False):
@@ -36,9 +35,9 @@ def test_the_guesses_are_those_of_the_plain_versions(
             expected = history_guesses(*given)
             assert torch.equal(ngrams, expected[0])
             there = ngrams >= 0
-            assert torch.equal(odds[there], expected[1].float()[there])
+            assert torch.equal(odds[there].float(), expected[1].float()[there])
         assert not odds[ngrams < 0].any()
-    memory.assert_untouched()
+        memory.assert_untouched()
 
 
 def test_another_ending_is_seen(rng: torch.Generator) -> None:

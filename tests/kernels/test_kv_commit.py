@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.kernels.cases import Cases
 from vllm_spec_plugins.kernels import kv_commit as module
 from vllm_spec_plugins.kernels.kv_commit import Pointers, kv_commit, kv_commit_reference
 
@@ -95,21 +96,19 @@ def twin(of: Memory) -> Memory:
     return Memory(everything, [whole.as_strided(each.shape, each.stride(), at) for each, at in places])
 
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float8_e4m3fn]
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp8"])
 def test_every_byte_is_where_a_move_of_one_node_after_the_other_leaves_it(
-    dtype: torch.dtype, layout: str, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+    cases: Cases, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "TILE_ELEMENTS", 32)
-    for tile in (1, 2, 4, 4, 8):
-        monkeypatch.setattr(module, "TILE_NODES", tile)
-        batch, depth, size = pick(1, 4, rng), pick(1, 9, rng), (4, 5, 16)[pick(0, 2, rng)]
-        blocks = batch * (2 + -(-(depth + 13) // size)) + pick(0, 3, rng)
-        shape = (blocks, pick(1, 3, rng), size, 2 * pick(1, 13, rng))
-        before = memory(pick(1, 3, rng), shape, dtype, layout, rng)
+    met = set()
+    for draw in cases(module.kv_commit_kernel):
+        monkeypatch.setattr(module, "TILE_NODES", draw.one_of(1, 2, 4, 4, 8))
+        dtype, layout = draw.one_of(torch.float32, torch.bfloat16, torch.float8_e4m3fn), draw.one_of(*LAYOUTS)
+        met |= {dtype, layout}
+        batch, depth, size = draw.number(1, 4), draw.number(1, 9), draw.one_of(4, 5, 16)
+        blocks = batch * (2 + -(-(depth + 13) // size)) + draw.number(0, 3)
+        shape = (blocks, draw.number(1, 3), size, 2 * draw.number(1, 13))
+        before = memory(draw.number(1, 3), shape, dtype, layout, rng)
         got, right, expected = twin(before), twin(before), twin(before)
         step = random_step(batch, depth, size, blocks, rng)
         arguments = (step.block_table, step.root, step.path, step.num_accepted, step.slots)
@@ -118,6 +117,7 @@ def test_every_byte_is_where_a_move_of_one_node_after_the_other_leaves_it(
         kv_commit_reference(Pointers.of(right.caches), *arguments)
         assert torch.equal(got.everything, expected.everything)
         assert torch.equal(right.everything, expected.everything)
+    assert len(met) == 3 + len(LAYOUTS)
 
 
 def test_a_path_whose_targets_are_its_own_sources_is_moved_as_if_all_were_read_first(rng: torch.Generator) -> None:

@@ -7,19 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.kernels.cases import Cases
 from tests.kernels.guarded import Guarded
 from vllm_spec_plugins.kernels import ngram_pool
 from vllm_spec_plugins.proposers.pool import NgramPool
-
-# buckets, ways, length of the n-grams, n-grams at once, tokens: few tokens make full buckets and repetitions.
-SHAPES = [
-    (1, 3, 2, 4, 3),
-    (4, 4, 3, 1, 12),
-    (4, 2, 5, 9, 12),
-    (64, 7, 4, 15, 250_000),
-    (8, 1, 6, 3, 5),
-    (16, 5, 3, 17, 9),
-]
 
 
 def some_ngrams(rng: torch.Generator, pools: int, many: int, ngram: int, tokens: int) -> tuple[Tensor, Tensor]:
@@ -28,25 +19,29 @@ def some_ngrams(rng: torch.Generator, pools: int, many: int, ngram: int, tokens:
     return ngrams, torch.rand(pools, many, generator=rng) < 0.7
 
 
-@pytest.mark.parametrize(("buckets", "ways", "ngram", "many", "tokens"), SHAPES)
-def test_pools_hold_and_find_what_the_plain_ones_do(
-    buckets: int, ways: int, ngram: int, many: int, tokens: int, rng: torch.Generator
-) -> None:
-    pool, memory = NgramPool(5, buckets, ways, ngram, torch.device("cpu")), Guarded(rng)
-    entries = memory.holding(pool.entries)
-    for _ in range(3):
-        rows = torch.randperm(5, generator=rng)[:3]
-        ngrams, valid = some_ngrams(rng, 3, many, ngram, tokens)
+def test_pools_hold_and_find_what_the_plain_ones_do(cases: Cases, rng: torch.Generator) -> None:
+    for draw in cases(ngram_pool._insert_kernel, ngram_pool._lookup_kernel):
+        # Few tokens make full buckets and repetitions.
+        buckets, ways, ngram = 1 << draw.number(0, 6), draw.number(1, 7), draw.number(2, 6)
+        many, tokens, pools = draw.number(1, 12), draw.one_of(3, 9, 12, 250_000), draw.number(3, 5)
+        pool = NgramPool(pools, buckets, ways, ngram, torch.device("cpu"))
+        for _ in range(draw.number(0, 3)):  # what was there before
+            pool.insert(torch.arange(pools), *some_ngrams(rng, pools, many, ngram, tokens))
+        memory, inserted = Guarded(rng), draw.number(1, 3)
+        entries = memory.holding(pool.entries)
+        rows = torch.randperm(pools, generator=rng)[:inserted]
+        ngrams, valid = some_ngrams(rng, inserted, many, ngram, tokens)
         pool.insert(rows, ngrams, valid)
         ngram_pool.insert(entries, rows, ngrams, valid)
         assert torch.equal(entries, pool.entries)
 
-        rows = torch.randint(5, (7,), generator=rng)
-        key = torch.randint(tokens, (7,), generator=rng)
-        key[:3] = ngrams[:, 0, 0]
-        found = ngram_pool.lookup(entries, rows, key, memory((7, ways, ngram - 1), torch.int64))
+        asked = draw.number(1, 7)
+        rows = torch.randint(pools, (asked,), generator=rng)
+        known = ngrams[:, 0, 0][torch.randint(inserted, (asked,), generator=rng)]
+        key = torch.randint(tokens, (asked,), generator=rng).where(torch.rand(asked, generator=rng) < 0.4, known)
+        found = ngram_pool.lookup(entries, rows, key, memory((asked, ways, ngram - 1), torch.int64))
         assert torch.equal(found, pool.lookup(rows, key))
-    memory.assert_untouched()
+        memory.assert_untouched()
 
 
 def test_one_pool_takes_the_ngrams_of_a_whole_batch(rng: torch.Generator) -> None:

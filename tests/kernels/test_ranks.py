@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.kernels.cases import Cases
 from tests.kernels.guarded import Guarded
 from vllm_spec_plugins import compiled
 from vllm_spec_plugins.kernels import ranks as kernel
@@ -17,20 +18,24 @@ from vllm_spec_plugins.tree.ranks import Ranks
 KEEP = float(np.float32(1.0) - np.float32(1.0 - Ranks.MEMORY))
 
 
-@pytest.mark.parametrize(("depth", "per_depth", "batch"), [(1, 1, 1), (4, 8, 5), (3, 5, 4), (2, 11, 9)])
 def test_counts_and_chances_are_those_of_the_plain_versions(
-    depth: int, per_depth: int, batch: int, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+    cases: Cases, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    requests, memory = 11, Guarded(rng)
-    looped, plain = (Ranks(requests, depth, per_depth, torch.device("cpu")) for _ in range(2))
-    ours = [memory.holding(each) for each in (plain.offered, plain.offered_at, plain.hits, plain.seen)]
-    token_ids = torch.randint(per_depth + 1, (requests, 30), generator=rng, dtype=torch.int32)
-    for _ in range(6):
+    for draw in cases(kernel._judge_kernel, kernel._together_kernel, kernel._chances_kernel):
+        depth, per_depth, batch = draw.number(1, 5), draw.number(1, 11), draw.number(1, 9)
+        requests, memory = draw.number(9, 11), Guarded(rng)
+        looped, plain = (Ranks(requests, depth, per_depth, torch.device("cpu")) for _ in range(2))
+        seen = torch.randint(300, plain.seen.shape, generator=rng).float()
+        hits = (seen * torch.rand(plain.hits.shape, generator=rng)).floor()
+        for each in (looped, plain):
+            each.seen.copy_(seen)
+            each.hits.copy_(hits)
+        ours = [memory.holding(each) for each in (plain.offered, plain.offered_at, plain.hits, plain.seen)]
+        token_ids = torch.randint(per_depth + 1, (requests, 30), generator=rng, dtype=torch.int32)
         slots = torch.randperm(requests, generator=rng)[:batch]
         lengths = torch.randint(8, 30, (batch,), generator=rng)
         emitted = torch.randint(depth + 3, (batch,), generator=rng)
-        candidates = torch.stack([torch.randperm(per_depth, generator=rng) for _ in range(batch * depth)])
-        candidates = candidates.view(batch, depth, per_depth)
+        candidates = torch.rand(batch, depth, per_depth, generator=rng).argsort(2)
         candidates[torch.rand(batch, depth, generator=rng) < 0.2] = -1
         at = lengths - emitted - (torch.rand(batch, generator=rng) < 0.3).long()  # some are too late
         for each in (looped, plain):
@@ -47,7 +52,7 @@ def test_counts_and_chances_are_those_of_the_plain_versions(
             torch.testing.assert_close(ours[2], each.hits, rtol=1e-5, atol=1e-7)
             torch.testing.assert_close(ours[3], each.seen, rtol=1e-5, atol=1e-7)
             torch.testing.assert_close(chance, each.chance(slots), rtol=1e-5, atol=1e-7)
-    memory.assert_untouched()
+        memory.assert_untouched()
 
 
 def test_a_candidate_that_was_right_is_seen(rng: torch.Generator) -> None:

@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.kernels.cases import Cases
 from tests.kernels.guarded import guards_hold, poisoned
 from tests.unit.tree.naive import random_tree
 from vllm_spec_plugins import compiled
+from vllm_spec_plugins.kernels import tree_walk as module
 from vllm_spec_plugins.kernels.tree_walk import MOST_NODES, Walked, tree_walk, tree_walk_reference
 from vllm_spec_plugins.tree import TokenTree, Walk, accept_down_to, chain, deepest_reachable
 
@@ -45,17 +47,15 @@ def by_rule(tree: TokenTree, drawn: Tensor, loops: bool, monkeypatch: pytest.Mon
     return found.path, found.num_accepted, found.emitted, found.num_emitted
 
 
-NODES = (0, 1, 2, 3, 5, 8, 13, 21, 31, 32, 33, 50, 63, 64, 70, 100, 127, 130, 254, 255)
-
-
-@pytest.mark.parametrize("nodes", NODES)
 def test_random_trees_are_walked_as_the_rule_walks_them(
-    nodes: int, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+    cases: Cases, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for vocab, chainy in ((1, 0.1), (2, 0.5), (7, 0.9)):
-        batch = int(torch.randint(1, 9, (), generator=rng))
+    for draw in cases(module.tree_walk_kernel):
+        # Around the sizes where a block gets larger, too.
+        nodes = draw.one_of(draw.number(0, 40), draw.number(0, 255), draw.one_of(31, 32, 63, 64, 127, 254))
+        batch, (vocab, chainy) = draw.number(1, 8), draw.one_of((1, 0.1), (2, 0.5), (7, 0.9))
         tree = random_tree(rng, batch, nodes, vocab, chainy)
-        bound = {1: nodes, 2: int(tree.depth.max()), 7: nodes + 3}[vocab]
+        bound = draw.one_of(nodes, int(tree.depth.max()), nodes + 3)
         tree = TokenTree(tree.tokens, tree.parents, bound)
         drawn = draws(tree, rng, vocab)
         out = results(batch, tree.max_depth, rng)
@@ -83,14 +83,15 @@ def test_the_random_trees_have_what_makes_a_walk_hard(rng: torch.Generator) -> N
     assert min(deep, doubled, cut, silent) > 0, (deep, doubled, cut, silent)
 
 
-@pytest.mark.parametrize("nodes", [0, 1, 7, 33, 64, 200])
-def test_nodes_that_a_rule_refuses_end_the_paths_as_its_own_code_ends_them(nodes: int, rng: torch.Generator) -> None:
-    for refused in (0.0, 0.2, 0.9):
-        tree = random_tree(rng, 5, nodes, 3, 0.5)
-        drawn = torch.randint(-1, 3, (5, nodes + 1), generator=rng)
-        wrong = (torch.rand(5, nodes, generator=rng) < refused) | (tree.tokens < 0)
+def test_nodes_that_a_rule_refuses_end_the_paths_as_its_own_code_ends_them(cases: Cases, rng: torch.Generator) -> None:
+    for draw in cases(module.tree_walk_kernel):
+        nodes = draw.one_of(draw.number(0, 20), draw.number(0, 130))
+        batch, refused = draw.number(1, 6), draw.one_of(0.0, 0.2, 0.9)
+        tree = random_tree(rng, batch, nodes, 3, 0.5)
+        drawn = torch.randint(-1, 3, (batch, nodes + 1), generator=rng)
+        wrong = (torch.rand(batch, nodes, generator=rng) < refused) | (tree.tokens < 0)
         found = accept_down_to(tree, deepest_reachable(tree, wrong), drawn)
-        out = results(5, tree.max_depth, rng)
+        out = results(batch, tree.max_depth, rng)
         got = tree_walk(tree.tokens, tree.parents, drawn, tree.max_depth, wrong, out)
         assert all(map(guards_hold, out))
         assert same(got, (found.path, found.num_accepted, found.emitted, found.num_emitted))

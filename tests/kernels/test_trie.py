@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.kernels.cases import Cases
 from tests.kernels.guarded import Guarded
 from vllm_spec_plugins import compiled
 from vllm_spec_plugins.kernels import trie as kernel
@@ -24,27 +25,29 @@ def some_ngrams(rng: torch.Generator, batch: int, count: int, length: int, tied:
     return ngrams.masked_fill_(torch.arange(length) >= ends, -1), odds
 
 
-@pytest.mark.parametrize(("count", "length"), [(1, 16), (2, 16), (5, 3), (9, 4), (3, 1), (17, 5)])
-@pytest.mark.parametrize("tied", [False, True])
 def test_the_tree_is_that_of_the_plain_versions(
-    count: int, length: int, tied: bool, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+    cases: Cases, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    memory = Guarded(rng)
-    for nodes, limit, least in [(count * length, 99, 0.0), (7, 5, 0.0), (11, 8, 0.12), (3, 0, 0.0)]:
-        ngrams, odds = some_ngrams(rng, 2, count, length, tied)
-        out = memory((2, nodes), torch.int64), memory((2, nodes), torch.int64), memory((2, nodes), torch.float64)
+    monkeypatch.setattr(compiled, "use_loops", False)
+    for draw in cases(kernel._trie_kernel):
+        batch, count, length, tied = draw.number(1, 3), draw.number(1, 9), draw.number(1, 9), draw.flip()
+        nodes, least, memory = draw.number(1, count * length), draw.one_of(0.0, 0.05, 0.12), Guarded(rng)
+        limit = draw.one_of(999, draw.number(0, nodes))
+        ngrams, odds = some_ngrams(rng, batch, count, length, tied)
+        odds = odds.to(draw.one_of(torch.float32, torch.float64))
+        shape = batch, nodes
+        out = memory(shape, torch.int64), memory(shape, torch.int64), memory(shape, torch.float64)
         tokens, parents, chance = kernel.trie(ngrams, nodes, limit, odds, least, out)
         TokenTree(tokens, parents, min(length, nodes)).validate()
         looped = loops.trie(ngrams.numpy(), nodes, min(limit, nodes), odds.double().numpy(), least)
         assert np.array_equal(tokens, looped[0])
         assert np.array_equal(parents, looped[1])
         np.testing.assert_allclose(chance, looped[2], rtol=1e-12)
-        monkeypatch.setattr(compiled, "use_loops", False)
         plain = trie(ngrams, nodes, limit, odds.double(), least)
         assert torch.equal(tokens, plain.tokens)
         assert torch.equal(parents, plain.parents)
         torch.testing.assert_close(chance, plain.chance, rtol=1e-12, atol=0)
-    memory.assert_untouched()
+        memory.assert_untouched()
 
 
 def test_other_odds_make_another_tree(rng: torch.Generator) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.kernels.cases import Cases
 from tests.kernels.guarded import Guarded
 from tests.unit.tree.naive import random_tree
 from vllm_spec_plugins import compiled
@@ -31,13 +32,14 @@ def some_forest(rng: torch.Generator, batch: int, sizes: tuple[int, ...], tied: 
     return Forest.of(trees), torch.cat([tree.chance for tree in trees], 1)
 
 
-@pytest.mark.parametrize("sizes", [(6,), (1, 1), (8, 5), (4, 9, 6), (16, 15), (3, 0, 40)])
-@pytest.mark.parametrize("tied", [False, True])
 def test_the_union_is_that_of_the_plain_versions(
-    sizes: tuple[int, ...], tied: bool, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+    cases: Cases, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    memory, batch = Guarded(rng), 2
-    for nodes, limit, least in [(sum(sizes), 999, 0.0), (7, 5, 0.05), (12, 8, 0.1), (5, 0, 0.0)]:
+    for draw in cases(kernel._odds_kernel, kernel._union_kernel):
+        sizes, tied, batch, memory = tuple(draw.numbers((1, 3), (0, 9))), draw.flip(), draw.number(1, 3), Guarded(rng)
+        sizes = sizes if any(sizes) else (1,)
+        nodes, least = draw.number(1, sum(sizes)), draw.one_of(0.0, 0.05, 0.1)
+        limit = draw.one_of(999, draw.number(0, nodes))
         forest, chance = some_forest(rng, batch, sizes, tied)
         parts = forest.tokens, forest.parents, chance, forest.source
         odds = kernel.forest_odds(*parts, MOST, memory(chance.shape, torch.float64))
@@ -59,7 +61,7 @@ def test_the_union_is_that_of_the_plain_versions(
             assert torch.equal(found[0], expected.tokens)
             assert torch.equal(found[1], expected.parents)
             torch.testing.assert_close(found[2], expected.chance, rtol=1e-9, atol=0)
-    memory.assert_untouched()
+        memory.assert_untouched()
 
 
 def test_another_weight_makes_another_tree(rng: torch.Generator) -> None:

@@ -3,23 +3,21 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
+from tests.kernels.cases import Cases
 from tests.kernels.guarded import Guarded
 from vllm_spec_plugins.kernels import window as kernel
 from vllm_spec_plugins.proposers import StepContext
 from vllm_spec_plugins.proposers.window import LookaheadWindow
 
 
-@pytest.mark.parametrize(
-    ("width", "ngram", "batch"), [(1, 2, 1), (4, 2, 3), (1, 4, 3), (3, 3, 2), (5, 4, 3), (7, 5, 3)]
-)
-def test_windows_move_as_the_plain_ones_do(width: int, ngram: int, batch: int, rng: torch.Generator) -> None:
-    requests, memory, eos = 5, Guarded(rng), [4, 7]
-    plain = LookaheadWindow(requests, width, ngram, eos, torch.device("cpu"))
-    state = plain.cells, plain.level, plain.start
-    for _ in range(3 * ngram):
+def test_windows_move_as_the_plain_ones_do(cases: Cases, rng: torch.Generator) -> None:
+    for draw in cases(kernel._advance_kernel):
+        width, ngram, batch = draw.number(1, 9), draw.number(2, 6), draw.number(1, 5)
+        requests, memory, eos = draw.number(5, 7), Guarded(rng), draw.one_of([], [4], [4, 7], [1, 2, 3])
+        plain = LookaheadWindow(requests, width, ngram, eos, torch.device("cpu"))
+        state = plain.cells, plain.level, plain.start
         # Any state that a window can be in, also one whose tree was cut or never verified.
         plain.cells.copy_(torch.randint(9, plain.cells.shape, generator=rng))
         plain.level.copy_(torch.randint(-1, ngram - 1, (requests,), generator=rng))
@@ -29,16 +27,16 @@ def test_windows_move_as_the_plain_ones_do(width: int, ngram: int, batch: int, r
         lengths = torch.randint(1, 40, (batch,), generator=rng)
         emitted = torch.minimum(torch.randint(ngram + 2, (batch,), generator=rng), lengths)
         token_ids = torch.randint(250_000, (requests, 50), generator=rng, dtype=torch.int32)
-        drawn = torch.randint(-1, 9, (batch, plain.num_nodes + 4), generator=rng)
+        drawn = torch.randint(-1, 9, (batch, plain.num_nodes + draw.number(1, 5)), generator=rng)
         context = StepContext(slots, token_ids, lengths, 50, emitted, drawn)
         out = memory((batch, width, ngram), torch.int64), memory((batch, width), torch.int64)
-        ngrams, real = kernel.advance(*ours, slots, token_ids, lengths, emitted, drawn, torch.tensor(eos), out)
+        ngrams, real = kernel.advance(*ours, slots, token_ids, lengths, emitted, drawn, plain._eos, out)
         expected = plain.advance(context)
         assert torch.equal(ngrams, expected[0])
         assert torch.equal(real, expected[1])
         for mine, theirs in zip(ours, state, strict=True):
             assert torch.equal(mine, theirs)
-    memory.assert_untouched()
+        memory.assert_untouched()
 
 
 def test_other_draws_are_seen(rng: torch.Generator) -> None:

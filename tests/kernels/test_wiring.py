@@ -3,19 +3,27 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
+from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
+from triton.runtime.interpreter import GridExecutor
 
+from tests.no_sync import DEVICE, Synchronised, device, no_sync, on_device, on_host
 from tests.unit.proposers.simulate import MarkovTarget, from_next_token, simulate
+from tests.unit.proposers.test_specinfer import PathModel, context, deferring
 from tests.unit.test_on_device import RULES, SLOTS, VOCAB, WIDTH, make, random_trees
 from vllm_spec_plugins import compiled
 from vllm_spec_plugins.compiled import kernels_for, loops_for
 from vllm_spec_plugins.proposers.mixture import MixtureProposer
+from vllm_spec_plugins.proposers.specinfer import SpecInferProposer
 from vllm_spec_plugins.tree.accept import TargetRows
 
 CPU = torch.device("cpu")
@@ -36,15 +44,26 @@ def test_loops_come_first_and_kernels_before_torch(monkeypatch: pytest.MonkeyPat
 
 # Chances are float64 in the loops and in the kernels of tries, which the tensor code has in float32; a draft's are the tensor
 # code's.
+POOLED = {"history.history_guesses", "trie.trie", "ngram_pool.lookup", "ngram_pool.insert", "window.advance"}
+RANKED = {"ranks.judge", "ranks.rank_chances"}
+GROWN = {"growth.expand", "growth.adopt", "growth.likeliest_nodes"}
+UNITED = {"union.forest_odds", "union.union", "calibration.observe", "calibration.factors"}
 PROPOSERS = {
-    "window": ("loops", {"history", "trie", "ngram_pool"}),
-    "medusa": ("loops", {"growth", "ranks"}),
-    "medusa choices": ("loops", {"growth", "ranks"}),
-    "specinfer": ("tensors", {"growth"}),
-    "specinfer widths": ("tensors", {"growth"}),
-    "mix": ("loops", {"history", "trie", "ngram_pool", "growth", "ranks", "union"}),
+    "window": ("loops", POOLED),
+    "medusa": ("loops", {"growth.ranked", *RANKED}),
+    "medusa choices": ("loops", {"growth.chosen", *RANKED}),
+    "specinfer": ("tensors", GROWN),
+    "specinfer widths": ("tensors", GROWN),
+    "mix": ("loops", {*POOLED, "growth.ranked", *RANKED, *UNITED}),
 }
-MODULES = ("history", "trie", "ngram_pool", "growth", "ranks", "union")
+ASKED = set().union(*(asked for _, asked in PROPOSERS.values()))
+
+
+def proposer_of(name: str, at: torch.device, bigrams: torch.Tensor, table: torch.Tensor) -> Any:
+    if name != "mix":
+        return make(name, at, bigrams, table)
+    sources = [make(each, at, bigrams, table) for each in ("window", "medusa")]
+    return MixtureProposer(sources, max_requests=SLOTS, device=at, min_chance=0.0)
 
 
 @pytest.mark.parametrize("name", PROPOSERS)
@@ -59,46 +78,137 @@ def test_a_proposer_makes_the_same_trees_with_kernels(
 
     def run(which: str) -> Any:
         lane(monkeypatch, which)
-        if name == "mix":
-            sources = [make(each, CPU, bigrams, table) for each in ("window", "medusa")]
-            proposer: Any = MixtureProposer(sources, max_requests=SLOTS, min_chance=0.0)
-        else:
-            proposer = make(name, CPU, bigrams, table)
+        proposer = proposer_of(name, CPU, bigrams, table)
         own = torch.Generator().manual_seed(seed)
         return simulate(proposer, target, prompts, max_new=5, slots=SLOTS, rng=own, chunks=2, cut=0.1, vocab=VOCAB)
 
     asked: set[str] = set()
     plain = run(other)
-    for module in MODULES:
-        watch(f"vllm_spec_plugins.kernels.{module}", module, asked, monkeypatch)
+    watch(asked, monkeypatch)
     found = run("kernels")
     assert asked == expected
     assert found.proposed == plain.proposed and found.outputs == plain.outputs
     assert any(len(tree) > 1 for trees in plain.proposed for tree in trees)
 
 
-def watch(module: str, name: str, asked: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Notes in `asked` that one of the module's functions was called from outside of kernels/."""
-    __import__(module)
-    for function in (
-        "history_guesses",
-        "trie",
-        "lookup",
-        "insert",
-        "ranked",
-        "chosen",
-        "likeliest_nodes",
-        "judge",
-        "union",
+def watch(asked: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Notes in `asked` which functions of ASKED are called."""
+    for name in ASKED:
+        module, function = name.split(".")
+        original = getattr(importlib.import_module(f"vllm_spec_plugins.kernels.{module}"), function)
+
+        def noted(*args: Any, name: str = name, original: Any = original, **kwargs: Any) -> Any:
+            asked.add(name)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(f"vllm_spec_plugins.kernels.{module}.{function}", noted)
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_a_draft_that_costs_stops_and_is_trusted_grows_the_same_with_kernels(
+    fixed: bool, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an exit policy keeps, what a level costs, how sure a cascade's draft is: all of it reaches the trees."""
+    grown = {"nodes": 17, "depth": 4, "ranks": 3, "min_chance": 0.01}
+    shape: dict[str, Any] = {"widths": (3, 2, 2)} if fixed else grown
+    sizes = set()
+    for cost, keeps, stands in (
+        (0.0, None, None),
+        (0.3, None, None),
+        (0.1, lambda b, path: b != 1 and sum(path) % 3 != 1, None),
+        (0.0, lambda b, path: sum(path) % 2 == 0, lambda confidence, request: confidence * 0.7),
     ):
-        original = getattr(sys.modules[module], function, None)
-        if original is not None and original.__module__ == module:
+        trees, asked = [], []
+        for which in ("tensors", "kernels"):
+            lane(monkeypatch, which)
+            draft = PathModel(seed, cost=cost)
+            draft.keeps = keeps
+            step = replace(context(3), deferring=None if stands is None else deferring(stands))
+            trees.append(SpecInferProposer(draft, **shape).propose(step))
+            asked.append({(b, path) for b, _, path in draft.asked})
+        plain, found = trees
+        found.validate()
+        assert torch.equal(found.tokens, plain.tokens) and torch.equal(found.parents, plain.parents)
+        torch.testing.assert_close(found.chance, plain.chance, rtol=1e-5, atol=1e-7)
+        assert asked[0] == asked[1]
+        sizes.add(tuple(found.num_nodes.tolist()))
+        if stands is not None:
+            there = found.tokens >= 0
+            torch.testing.assert_close(found.confidence[there], plain.confidence[there], rtol=1e-5, atol=1e-7)
+    assert len(sizes) > 2 - fixed
 
-            def noted(*args: Any, original: Any = original, **kwargs: Any) -> Any:
-                asked.add(name)
-                return original(*args, **kwargs)
 
-            monkeypatch.setattr(sys.modules[module], function, noted)
+class OnDevice:
+    """A proposer on tensors in disguise. The first call makes what is made once."""
+
+    def __init__(self, proposer: Any) -> None:
+        self.proposer, self.calls = proposer, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.proposer, name)
+
+    def propose(self, ctx: Any) -> Any:
+        self.calls += 1
+        given = on_device(ctx)
+        with no_sync() if self.calls > 1 else nullcontext():
+            return on_host(self.proposer.propose(given))
+
+
+def kernels_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels answer for tensors in disguise, and are launched on what is behind them."""
+    launch = GridExecutor.__call__
+
+    def undisguised(self: Any, *args: Any, **kwargs: Any) -> None:
+        with _disable_current_modes():
+            launch(self, *map(on_host, args), **{key: on_host(each) for key, each in kwargs.items()})
+
+    monkeypatch.setattr(GridExecutor, "__call__", undisguised)
+    for module in [module for key, module in sys.modules.items() if key.startswith("vllm_spec_plugins.")]:
+        if hasattr(module, "kernels_for"):
+            monkeypatch.setattr(module, "kernels_for", lambda tensor: tensor.device in (CPU, DEVICE))
+
+
+@pytest.mark.parametrize("name", ["specinfer", "mix"])
+def test_what_stands_around_the_kernels_does_not_make_the_host_wait(
+    name: str, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seed = int(torch.randint(1 << 30, (1,), generator=rng))
+    bigrams, table = (torch.randn(VOCAB, width, generator=rng) for width in (VOCAB, WIDTH))
+    prompts = [torch.randint(VOCAB, (9,), generator=rng).tolist()]
+    target = from_next_token(MarkovTarget(VOCAB, 1, 0.0, seed))
+
+    def run(proposer: Any) -> Any:
+        own = torch.Generator().manual_seed(seed)
+        return simulate(proposer, target, prompts, max_new=3, slots=SLOTS, rng=own, chunks=2, cut=0.1, vocab=VOCAB)
+
+    lane(monkeypatch, "kernels")
+    expected = run(proposer_of(name, CPU, bigrams, table))
+    kernels_on_the_device(monkeypatch)
+    asked: set[str] = set()
+    watch(asked, monkeypatch)
+    with torch.inference_mode(), device():
+        there = OnDevice(proposer_of(name, DEVICE, bigrams, table))
+        found = run(there)
+    assert there.calls > 1 and asked == PROPOSERS[name][1]
+    assert found.proposed == expected.proposed
+
+
+def test_a_step_between_kernels_that_asks_the_device_is_seen(
+    rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control."""
+    from vllm_spec_plugins.kernels import growth
+
+    kernels_on_the_device(monkeypatch)
+    adopt = growth.adopt
+    monkeypatch.setattr(growth, "adopt", lambda row, *rest: adopt(row, *rest) if row.max().item() >= 0 else None)
+    bigrams = torch.randn(VOCAB, VOCAB, generator=rng)
+    with torch.inference_mode(), device():
+        proposer = make("specinfer", DEVICE, bigrams, bigrams)
+        step = on_device(context(2))
+        proposer.propose(step)
+        with pytest.raises(Synchronised), no_sync():
+            proposer.propose(step)
 
 
 @pytest.mark.parametrize("name", RULES)

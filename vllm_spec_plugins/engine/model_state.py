@@ -20,12 +20,14 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.utils import AttentionGroup
 
+from vllm_spec_plugins.compiled import kernels_for, loops_for
 from vllm_spec_plugins.engine import cascade, kv
 from vllm_spec_plugins.engine.backend import backend_of
 from vllm_spec_plugins.engine.settings import settings_of
 from vllm_spec_plugins.engine.state import StepTrees, TreeState
 from vllm_spec_plugins.engine.tree_rows import TreeStep
 from vllm_spec_plugins.registry import method_of
+from vllm_spec_plugins.tree.accept import Acceptance
 
 if TYPE_CHECKING:
     from vllm_spec_plugins.engine.speculator import TreeSpeculator
@@ -54,10 +56,10 @@ class TreeModelState(ModelState):
         self.state = cast("Any", sampler.req_states).tree_state
         settings = settings_of(self.vllm_config)
         assert settings is not None
-        rule = method_of(settings).rule(settings)
-        self.state.likeliest = partial(likeliest, sampler.sampling_states, rule.coupled)
+        self._rule = method_of(settings).rule(settings)
+        self.state.likeliest = partial(likeliest, sampler.sampling_states, self._rule.coupled)
         self.state.confidence_of = partial(confidence, sampler.sampling_states)
-        return sampler, TreeVerifier(sampler, self.state, rule)
+        return sampler, TreeVerifier(sampler, self.state, self._rule)
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         super().add_request(req_index, new_req_data)
@@ -93,8 +95,21 @@ class TreeModelState(ModelState):
             backend.check_layout(*kind)
         for drafter in self.speculator.drafters:
             drafter.bind(kv_cache_config, block_tables)
-        if self.speculator.drafters:
-            self.speculator.warm()
+        if loops_for(self.state.tokens) or kernels_for(self.state.tokens):
+            self._warm()
+
+    def _warm(self) -> None:
+        """Run what is compiled when it is first run, before a request waits for it."""
+        acceptance = self.speculator.warm(self._rule)
+        if not loops_for(acceptance.path):
+            nowhere = torch.zeros(1, dtype=torch.int64, device=acceptance.path.device)
+            self._commit(nowhere, nowhere, acceptance)
+
+    def _commit(self, slots: Tensor, root: Tensor, acceptance: Acceptance) -> None:
+        """Move the accepted nodes' K/V of requests in `slots` [B] int64, whose roots stand at `root` [B] int64."""
+        for group, move in enumerate(self._commits):
+            table = self._block_tables.block_tables[group].gpu
+            move(table, slots, root, acceptance.path, acceptance.num_accepted)
 
     def preprocess_state(
         self,
@@ -149,9 +164,7 @@ class TreeModelState(ModelState):
             return
         assert num_computed_tokens is not None
         root = num_computed_tokens[idx_mapping].long() - num_sampled.long()
-        path, accepted = verified.acceptance.path, verified.acceptance.num_accepted
-        for group, move in enumerate(self._commits):
-            move(self._block_tables.block_tables[group].gpu, idx_mapping, root, path, accepted)
+        self._commit(idx_mapping, root, verified.acceptance)
 
 
 def tree_positions(positions: Tensor, trees: StepTrees, batch: InputBatch) -> Tensor:

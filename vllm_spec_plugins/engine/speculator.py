@@ -34,7 +34,7 @@ from vllm_spec_plugins.layers.planner import Planner
 from vllm_spec_plugins.method import Surroundings
 from vllm_spec_plugins.proposers.base import Counting, Deferring, StepContext
 from vllm_spec_plugins.registry import method_of
-from vllm_spec_plugins.tree.accept import Acceptance, Walk
+from vllm_spec_plugins.tree.accept import Acceptance, AcceptRule, TargetRows
 from vllm_spec_plugins.tree.tree import TokenTree
 
 
@@ -98,8 +98,6 @@ class TreeSpeculator(BaseSpeculator):
         )
         cast("Any", req_states).tree_state = self.state
         cast("Any", req_states).speculator = self
-        if not self.drafters:  # else when they are bound
-            self.warm()
 
     def _add_request(self, slot: int, prompt_len: int, computed: int) -> None:
         self.proposer.add_request(slot, prompt_len)
@@ -107,25 +105,34 @@ class TreeSpeculator(BaseSpeculator):
             drafter.add_request(slot, computed)
 
     @torch.inference_mode()
-    def warm(self) -> None:
-        """Compile the loops of a step before the first request waits for them. What row 0 remembers of it is cleared when
-        a request moves in; K/V goes to vLLM's null block.
+    def warm(self, rule: AcceptRule) -> Acceptance:
+        """Compile the loops or the kernels of a step before the first request waits for them: one request proposes, and `rule`
+        accepts nothing. What row 0 remembers of it is cleared when a request moves in; K/V goes to vLLM's null block.
         """
-        if not loops_for(self.state.tokens):
-            return
-        slots, one = torch.zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.int64)
-        verified = self._nothing_verified(slots, torch.zeros(1, 1, dtype=torch.int64))
-        tokens, nothing = self.req_states.all_token_ids.gpu, torch.zeros(1, dtype=torch.int32)
-        context = StepContext(slots, tokens, one, 1, nothing, verified.drawn, verified.tree)
-        if self.proposer.reads_hidden:
-            context.hidden = torch.zeros(1, self.hidden_size, dtype=self.dtype)
-        context.likeliest = lambda logits, request, place, count: logits.topk(count, 1)[::-1]
-        if self.drafters:
-            context.num_emitted = torch.ones(1, dtype=torch.int32)
-        self.proposer.propose(context)
-        self.state.begin_step(slots, one.numpy())
-        Walk()(verified.tree, verified.drawn)
+        device, host = self.state.tokens.device, np.zeros(1, dtype=np.int64)
+        slots, one = (torch.full((1,), number, dtype=torch.int64, device=device) for number in (0, 1))
+        verified = self._nothing_verified(slots, torch.zeros(1, 1, dtype=torch.int64, device=device))
+        emitted = torch.full((1,), int(bool(self.drafters)), dtype=torch.int32, device=device)
+        if not loops_for(slots):
+            emitted = emitted.long()
+        tokens = self.req_states.all_token_ids.gpu
+        # Again with what the first has left behind: a draft model then has nodes that might have come true.
+        for _ in range(1 if loops_for(slots) else 2):
+            context = StepContext(slots, tokens, one, 1, emitted, verified.drawn, verified.tree)
+            if self.proposer.reads_hidden:
+                context.hidden = torch.zeros(1, self.hidden_size, dtype=self.dtype, device=device)
+            context.likeliest = lambda logits, request, place, count: self.state.likeliest(
+                logits, torch.zeros_like(request), host, place, count
+            )
+            for drafter in self.drafters:
+                drafter.stepped(host, host + 1)
+                drafter.asked(host)
+            self.proposer.propose(context)
+        self.state.begin_step(slots, host + 1)
+        assert self.state.trees is not None
+        acceptance = rule(self.state.trees.tree, verified.drawn, self._nothing_computed(slots))
         self.state.end_step()
+        return acceptance
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         """Nothing to capture: proposing runs between the graphs."""
@@ -268,6 +275,14 @@ class TreeSpeculator(BaseSpeculator):
             lambda logits, request: self.state.confidence_of(logits, rows[request], slots),
             lambda confidence, request: routes.stands(confidence, rows[request]),
         )
+
+    def _nothing_computed(self, slots: Tensor) -> TargetRows:
+        """The target's row at the root of one request, where every token is as likely as any other."""
+        logits = torch.zeros(1, self.req_states.vocab_size, device=slots.device)
+        index = torch.full((1, self.proposer.num_nodes + 1), -1, dtype=torch.int64, device=slots.device)
+        index[:, 0] = 0
+        threshold = None if self.state.routes is None else self.state.routes.thresholds(slots)
+        return TargetRows(logits, index, slots > 0, threshold=threshold)
 
     def _nothing_verified(self, slots: Tensor, last_sampled: Tensor) -> Verified:
         """A step without trees: each request drew one token, at its root."""

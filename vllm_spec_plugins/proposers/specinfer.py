@@ -11,6 +11,7 @@ probabilities and gives another text than plain decoding.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import mul
 
 import numpy as np
 import torch
@@ -83,7 +84,11 @@ class SpecInferProposer:
         assert self.draft is not None and ctx.likeliest is not None
         budget = self.num_nodes if ctx.budget is None else min(ctx.budget, self.num_nodes)
         least = 0.0 if self.fixed else least_chance(self.min_chance, len(ctx.slots))
-        grow = self._grow_looped if loops_for(ctx.slots) else self._grow
+        grow = self._grow
+        if loops_for(ctx.slots):
+            grow = self._grow_looped
+        elif kernels_for(ctx.slots):
+            grow = self._grow_in_kernels
         return grow(ctx, self.draft, ctx.likeliest, budget, least)
 
     def _weighs(self, draft: DraftModel) -> bool:
@@ -132,6 +137,67 @@ class SpecInferProposer:
             sure = torch.cat((sure, behind.repeat_interleave(count, 1)), 1)
         asked = None if ctx.deferring is None else sure
         return _best(tokens, parents, chances, asked, self.num_nodes, budget, least, self.max_depth)
+
+    def _grow_in_kernels(
+        self, ctx: StepContext, draft: DraftModel, likeliest: Likeliest, budget: int, least: float
+    ) -> TokenTree:
+        """The same with a kernel for either half of a level. The rows of the draft's trees stand without gaps: a level's are the
+        first that were free, of which the last ones may be absent.
+        """
+        from vllm_spec_plugins.kernels import growth
+
+        batch, device = len(ctx.slots), ctx.slots.device
+        most, width = sum(map(mul, self.expanded, self.children)), max(sum(self.expanded[1:]), 1)
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(batch, *shape, dtype=dtype, device=device)
+
+        # As in the loops. Each in memory of its own: where it begins must not depend on the batch (kernels are compiled for it).
+        tokens, links, owners, chances = zeros(most), zeros(most), zeros(most), zeros(most, dtype=torch.float32)
+        start, count, rows = zeros(), zeros(), zeros()
+        drafted, parents, candidate = zeros(width) - 1, zeros(width), zeros(width)
+        sure = zeros(width + 1, dtype=torch.float32)
+
+        every, row, at = torch.arange(batch, device=device), zeros(1), zeros(1)
+        request, logits = every, draft.begin(ctx)
+        for level, children in enumerate(self.children):
+            if level:
+                expanded, reach = self.expanded[level], sum(self.expanded[1 : level + 1])
+                at = (rows + 1).unsqueeze(1) + torch.arange(expanded, device=device)
+                row = growth.expand(
+                    chances,
+                    owners,
+                    tokens,
+                    start,
+                    count,
+                    expanded,
+                    least,
+                    drafted,
+                    parents,
+                    candidate,
+                    rows,
+                )
+                if self._weighs(draft):
+                    reached = chances.gather(1, candidate.gather(1, at - 1)).where(row > 0, 0.0).sum()
+                    worth = reached >= LEVEL * draft.cost * batch
+                    row = row.where(worth, -1)
+                    drafted.scatter_(1, at - 1, drafted.gather(1, at - 1).where(worth, -1))
+                tree = TokenTree(drafted[:, :reach], parents[:, :reach], level)
+                request = every.repeat_interleave(expanded)
+                logits = draft.extend(tree, request, at.flatten())
+            if draft.kept is not None:
+                row = row.where(draft.kept.view(row.shape), -1)
+            confidence = _confidence(ctx, draft, logits, request)
+            considered = min(max(children, CONSIDERED), logits.shape[1])
+            found, scores = likeliest(logits, request, torch.full_like(request, level), considered)
+            if ctx.deferring is not None and confidence is not None:
+                sure.scatter_(1, at, confidence.view(row.shape).where(row >= 0, 0.0))
+                scores = _trusted(scores, ctx.deferring.stands(confidence, request))
+            growth.adopt(row, found, scores, children, candidate, chances, owners, tokens, links, count)
+        best = growth.likeliest_nodes(tokens, links, chances, count, self.num_nodes, budget, least)
+        token, parent, chance, chosen = best
+        behind = None if ctx.deferring is None else sure.gather(1, owners.gather(1, chosen)) * (token >= 0)
+        return TokenTree(token, parent, min(self.max_depth, self.num_nodes), chance=chance, confidence=behind)
 
     def _grow_looped(
         self, ctx: StepContext, draft: DraftModel, likeliest: Likeliest, budget: int, least: float
@@ -251,13 +317,6 @@ def _best(
     first, are a tree, in this order too.
     """
     batch, count = tokens.shape
-    if kernels_for(tokens):
-        from vllm_spec_plugins.kernels import growth
-
-        every = torch.full((batch,), count, dtype=torch.int64, device=tokens.device)
-        token, parent, chance, order = growth.likeliest_nodes(tokens, parents, chances, every, nodes, limit, least)
-        behind = None if sure is None else sure.gather(1, order) * (token >= 0)
-        return TokenTree(token, parent, min(max_depth, nodes), chance=chance, confidence=behind)
     taken = min(nodes, count)
     chance, order = chances.sort(dim=1, descending=True, stable=True)
     chance, order = chance[:, :taken], order[:, :taken]

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from vllm_spec_plugins.compiled import kernels_for
 from vllm_spec_plugins.proposers.base import StepContext
 from vllm_spec_plugins.tree.builders import append
 from vllm_spec_plugins.tree.topology import lookahead_window
@@ -58,12 +59,17 @@ class LookaheadWindow:
         Returns:
             n-grams [B, window, ngram] read off the columns, and which of them are real [B, window].
         """
+        assert ctx.drawn is not None
+        if kernels_for(self.cells):
+            from vllm_spec_plugins.kernels import window
+
+            state, text = (self.cells, self.level, self.start), (ctx.slots, ctx.token_ids, ctx.lengths)
+            return window.advance(*state, *text, ctx.num_emitted.long(), ctx.drawn, self._eos)
         slots, width, full = ctx.slots, self.window, self.rows - 1
         cells, level, start = self.cells[slots], self.level[slots], self.start[slots]
         level = level.view(-1, 1)
         picked = self._picked(ctx)
 
-        assert ctx.drawn is not None
         # The last filled row's place in the tree; its draws are missing where the tree was cut or never verified.
         row = level * width + self._column
         row = (row + (row > 0) * start.view(-1, 1)).clamp_(0, ctx.drawn.shape[1] - 1)

@@ -512,7 +512,7 @@ def window(device: str, *, batch: int, width: int = 15, ngram: int = 5) -> Case:
     plain.cells += torch.randint(3, VOCABULARY, plain.cells.shape, generator=rng, device=device)
     plain.level += ngram - 1
     plain.start += 1
-    state = [each.clone() for each in (plain.cells, plain.level, plain.start)]
+    state = plain.cells.clone(), plain.level.clone(), plain.start.clone()
     slots, one = torch.arange(batch, device=device), torch.ones(batch, dtype=torch.int64, device=device)
     text = torch.randint(3, VOCABULARY, (batch, 100), generator=rng, device=device).int()
     drawn = torch.randint(3, VOCABULARY, (batch, plain.num_nodes + 1), generator=rng, device=device)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vllm_spec_plugins.compiled import loops_for
+from vllm_spec_plugins.compiled import kernels_for, loops_for
 from vllm_spec_plugins.tree.ranks import Emission
 from vllm_spec_plugins.tree.tree import TokenTree
 from vllm_spec_plugins.tree.union import Forest, source_of
@@ -68,6 +68,13 @@ class Calibration:
             figures = self.offered_at.numpy(), self.counts.numpy()
             union_loops.observe(*given, *offered, *figures, self.max_depth, self.MEMORY)
             return
+        if kernels_for(self.tokens):
+            from vllm_spec_plugins.kernels import calibration
+
+            on_device = step.slots, step.token_ids, step.lengths, step.num_emitted.long()
+            forest = self.tokens, self.parents, self.odds, self.source
+            calibration.observe(*on_device, *forest, self.offered_at, self.counts, self.max_depth, self.MEMORY)
+            return
         slots, emitted = step.slots, step.num_emitted.long()
         known = step.lengths - emitted
         count = (emitted * (self.offered_at[slots] == known)).clamp(max=self.max_depth)
@@ -103,6 +110,10 @@ class Calibration:
             from vllm_spec_plugins.tree import union_loops
 
             return torch.from_numpy(union_loops.factors(slots.numpy(), self.counts.numpy(), self.PRIOR, self.EXTREME))
+        if kernels_for(self.counts):
+            from vllm_spec_plugins.kernels import calibration
+
+            return calibration.factors(slots, self.counts, self.PRIOR, self.EXTREME)
         places, promised, right = self.counts[-1].unbind(1)
         promise = (promised / places.clamp(min=1e-9)).where(places > 0, 0.5)
         overall = self._factor(promise, (right + self.PRIOR * promise) / (places + self.PRIOR))
