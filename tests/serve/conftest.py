@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Four real servers on the trained tiny target, started together, once: plain vLLM and each way to ask for a plugin."""
+"""Five real servers on the trained tiny target, started together, once: plain vLLM and each way to ask for a plugin."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Server]]:
-    """By name: plain; none, from a YAML file; lookahead, from the flag; windowed, from the environment.
+    """By name: plain; none, from a YAML file; lookahead and adapting, from the flag; windowed, from the environment.
 
-    adapt=false: every draft is verified, whatever it costs on the machine that runs the tests.
+    adapt=false: every draft is verified, whatever it costs on the machine that runs the tests. Adapting has the defaults.
     """
     folder = tmp_path_factory.mktemp("servers")
     (folder / "none.yaml").write_text("plugin: none\n")
@@ -42,6 +42,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Serv
             "lookahead", TARGET, ["--plugin", "lookahead:adapt=false", *ARGUMENTS], folder / "lookahead.log"
         ),
         "windowed": Server("windowed", TARGET, ARGUMENTS, folder / "windowed.log", {"VLLM_SPEC_PLUGIN": windowed}),
+        "adapting": Server("adapting", TARGET, ["--plugin", "lookahead", *ARGUMENTS], folder / "adapting.log"),
     }
     with running(list(made.values())):
         yield made
@@ -61,8 +62,14 @@ def none(servers: dict[str, Server]) -> Server:
 
 @pytest.fixture(scope="session")
 def lookahead(servers: dict[str, Server]) -> Server:
-    """The plugin with its default settings."""
+    """The plugin with its default settings, but every draft verified."""
     return servers["lookahead"]
+
+
+@pytest.fixture(scope="session")
+def adapting(servers: dict[str, Server]) -> Server:
+    """The plugin with its default settings."""
+    return servers["adapting"]
 
 
 @pytest.fixture(scope="session", params=["lookahead", "windowed"])
