@@ -20,7 +20,7 @@ lint: setup
 	$(STEP) "mypy"
 	@$(PY) -m mypy
 
-# Two processes, a file each at a time: tests run one thread, and machines have two cores. Servers pin themselves to one.
+# Two processes, a file each at a time: tests run one thread, and machines have two cores.
 unit engine: setup
 	$(STEP) "tests/$@"
 	@$(PY) -m pytest tests/$@ --durations=8 -n 2 --dist loadfile
@@ -38,7 +38,7 @@ engine-interpreted: setup
 
 serve: setup
 	$(STEP) "tests/$@"
-	@$(PY) -m pytest tests/$@ --durations=5
+	@$(PY) -m pytest tests/$@ --durations=5 -n 2 --dist loadgroup
 
 # One process per suite: an engine leaves state in its process (backends, plugins) that the next suite must not see.
 test: lint

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,17 +14,26 @@ import pytest
 from vllm_spec_plugins.tools.load import PROMPTS, TARGET, Reply, Sampling, load_prompts, send
 from vllm_spec_plugins.tools.server import Server, running
 
+# Not all servers on the machine's first core, where vLLM would bind each of them.
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
 ARGUMENTS = [
     *("--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "8"),
     *("--kv-cache-memory-bytes", str(1 << 26)),
 ]
+# One process less per server: the worker runs in the engine core's. Importing vLLM is most of what a start takes.
+IN_CORE: dict[str, str | None] = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The first test waits for all servers: that takes minutes where other programs want the processor too."""
+    """The first test waits for all servers: that takes minutes where other programs want the processor too. Where two processes
+    run the tests, those that share the servers stay in one.
+    """
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.timeout(900))
+            shares = "servers" in getattr(item, "fixturenames", ())
+            item.add_marker(pytest.mark.xdist_group("servers" if shares else item.path.stem))
 
 
 @pytest.fixture(scope="session")
@@ -37,11 +47,15 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Serv
     windowed = json.dumps({"name": "lookahead", "window": 3, "ngram": 4, "guesses": 2, "adapt": False})
     made = {
         "plain": Server("plain", TARGET, ARGUMENTS, folder / "plain.log"),
-        "none": Server("none", TARGET, ["--config", str(folder / "none.yaml"), *ARGUMENTS], folder / "none.log"),
+        "none": Server(
+            "none", TARGET, ["--config", str(folder / "none.yaml"), *ARGUMENTS], folder / "none.log", IN_CORE
+        ),
         "lookahead": Server(
             "lookahead", TARGET, ["--plugin", "lookahead:adapt=false", *ARGUMENTS], folder / "lookahead.log"
         ),
-        "windowed": Server("windowed", TARGET, ARGUMENTS, folder / "windowed.log", {"VLLM_SPEC_PLUGIN": windowed}),
+        "windowed": Server(
+            "windowed", TARGET, ARGUMENTS, folder / "windowed.log", {"VLLM_SPEC_PLUGIN": windowed, **IN_CORE}
+        ),
         "adapting": Server("adapting", TARGET, ["--plugin", "lookahead", *ARGUMENTS], folder / "adapting.log"),
     }
     with running(list(made.values())):
