@@ -20,10 +20,10 @@ lint: setup
 	$(STEP) "mypy"
 	@$(PY) -m mypy
 
-# Two processes, a file each at a time: tests run one thread, and machines have two cores.
+# Two processes, a file each at a time, in tests/conftest.py's order: tests run one thread, and machines have two cores.
 unit engine: setup
 	$(STEP) "tests/$@"
-	@$(PY) -m pytest tests/$@ --durations=8 -n 2 --dist loadfile
+	@$(PY) -m pytest tests/$@ --durations=8 -n 2 --dist loadfile --no-loadscope-reorder
 
 # Triton reads the switch when it is imported; with it, kernels run on the CPU, slowly.
 kernels: setup
