@@ -1,5 +1,5 @@
 # Every target does its own set-up; any of them can be run again, also after an interruption.
-.PHONY: help setup lint test unit kernels engine engine-interpreted serve demo bench test-gpu bench-gpu clean
+.PHONY: help setup lint test unit kernels engine engine-interpreted serve serve-shared serve-own demo bench test-gpu bench-gpu clean
 
 PY := .venv/bin/python
 STEP = @printf '\n== %s\n'
@@ -36,9 +36,17 @@ engine-interpreted: setup
 	$(STEP) "tests/engine, TEST_LANE=$(LANE)"
 	@TEST_LANE=$(LANE) $(PY) -m pytest tests/engine --ignore tests/engine/cpu --timeout 3600 --durations=8 -n 2 --dist loadfile
 
+# Two processes here too: the files that share servers, and those that start their own. Each shows what it found at its end.
+OWN := tests/serve/test_router.py tests/serve/test_answer_cache.py
 serve: setup
 	$(STEP) "tests/$@"
-	@$(PY) -m pytest tests/$@ --durations=5 -n 2 --dist loadgroup
+	@$(MAKE) --no-print-directory --output-sync=target --jobs 2 --keep-going serve-shared serve-own
+
+serve-shared:
+	@$(PY) -m pytest tests/serve $(OWN:%=--ignore=%) --durations=5
+
+serve-own:
+	@$(PY) -m pytest $(OWN) --durations=5
 
 # One process per suite: an engine leaves state in its process (backends, plugins) that the next suite must not see.
 test: lint

@@ -20,6 +20,7 @@ from vllm_spec_plugins.layers.planner import FixedPlan
 from vllm_spec_plugins.proposers import specinfer
 from vllm_spec_plugins.tools import cli
 
+TOKENS = 32
 EAGER = {"min_chance": 0.0, "adapt": False}
 PARTS: dict[str, dict[str, Any]] = {
     "prefix": {"exit_layer": 2},
@@ -129,10 +130,10 @@ def test_text_is_plain_decodings(
     part: str, name: str, plain: Any, engines: dict[str, Any], prompts: list[list[int]]
 ) -> None:
     sampling = [SAMPLINGS[name](i) for i in range(12)]
-    expected, _ = generate(plain, prompts[:12], sampling)
-    assert generate(engines[part], prompts[:12], sampling)[0] == expected
+    expected, _ = generate(plain, prompts[:12], sampling, TOKENS)
+    assert generate(engines[part], prompts[:12], sampling, TOKENS)[0] == expected
     for i in range(2):
-        found, speed = generate(engines[part], prompts[i : i + 1], sampling[i : i + 1])
+        found, speed = generate(engines[part], prompts[i : i + 1], sampling[i : i + 1], TOKENS)
         assert found == expected[i : i + 1]
         if name != "constrained":  # which also counts steps that wait for the grammar
             assert speed > 1.5

@@ -26,14 +26,10 @@ IN_CORE: dict[str, str | None] = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The first test waits for all servers: that takes minutes where other programs want the processor too. Where two processes
-    run the tests, those that share the servers stay in one.
-    """
+    """The first test waits for all servers: that takes minutes where other programs want the processor too."""
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.timeout(900))
-            shares = "servers" in getattr(item, "fixturenames", ())
-            item.add_marker(pytest.mark.xdist_group("servers" if shares else item.path.stem))
 
 
 @pytest.fixture(scope="session")
