@@ -1,5 +1,5 @@
 # Every target does its own set-up; any of them can be run again, also after an interruption.
-.PHONY: help setup lint test unit kernels engine engine-interpreted serve demo bench test-gpu bench-gpu clean
+.PHONY: help setup lint test unit kernels engine engine-interpreted serve serve-shared serve-own demo bench test-gpu bench-gpu clean
 
 PY := .venv/bin/python
 STEP = @printf '\n== %s\n'
@@ -20,10 +20,10 @@ lint: setup
 	$(STEP) "mypy"
 	@$(PY) -m mypy
 
-# Two processes, a file each at a time: tests run one thread, and machines have two cores. Servers pin themselves to one.
+# Two processes, a file each at a time, in tests/conftest.py's order: tests run one thread, and machines have two cores.
 unit engine: setup
 	$(STEP) "tests/$@"
-	@$(PY) -m pytest tests/$@ --durations=8 -n 2 --dist loadfile
+	@$(PY) -m pytest tests/$@ --durations=8 -n 2 --dist loadfile --no-loadscope-reorder
 
 # Triton reads the switch when it is imported; with it, kernels run on the CPU, slowly.
 kernels: setup
@@ -35,9 +35,17 @@ engine-interpreted: setup
 	$(STEP) "tests/engine, interpreted"
 	@TEST_LANE=interpreted $(PY) -m pytest tests/engine --ignore tests/engine/cpu --timeout 3600 --durations=8 -n 2 --dist loadfile
 
+# Two processes here too: the files that share servers, and those that start their own. Each shows what it found at its end.
+OWN := tests/serve/test_router.py tests/serve/test_answer_cache.py
 serve: setup
 	$(STEP) "tests/$@"
-	@$(PY) -m pytest tests/$@ --durations=5
+	@$(MAKE) --no-print-directory --output-sync=target --jobs 2 --keep-going serve-shared serve-own
+
+serve-shared:
+	@$(PY) -m pytest tests/serve $(OWN:%=--ignore=%) --durations=5
+
+serve-own:
+	@$(PY) -m pytest $(OWN) --durations=5
 
 # One process per suite: an engine leaves state in its process (backends, plugins) that the next suite must not see.
 test: lint

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import pytest
@@ -18,6 +19,23 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+# Files whose few tests take long. Where processes share the files, they must not come last.
+LONG = (
+    "test_interpreted.py",
+    "test_kernels.py",
+    "test_lane.py",
+    "test_lanes.py",
+    "test_parallel.py",
+    "test_patches.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, then those with most tests; `--no-loadscope-reorder` leaves it at that."""
+    count = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path.name not in LONG, -count[item.path]))
 
 
 @pytest.fixture

@@ -87,6 +87,8 @@ def with_loops(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def disguise(monkeypatch: pytest.MonkeyPatch, warm: int = 3) -> Steps:
     """Engines that are made from now on run this package's stages there."""
+    from vllm.v1.worker.gpu.spec_decode import utils
+
     from vllm_spec_plugins.engine import drafter, model_state, sampler, speculator, state
 
     steps = Steps(warm)
@@ -111,7 +113,8 @@ def disguise(monkeypatch: pytest.MonkeyPatch, warm: int = 3) -> Steps:
     handler = speculator.TreeDraftsHandler
     hand = steps("set_draft_tokens", handler.set_draft_tokens)
     monkeypatch.setattr(handler, "set_draft_tokens", lambda self, batch, drafts: hand(self, batch_of(batch), drafts))
-    monkeypatch.setattr(speculator, "async_copy_to_np", lambda tensor: on_host(tensor).clone().numpy())
+    for module in (speculator, utils):
+        monkeypatch.setattr(module, "async_copy_to_np", lambda tensor: on_host(tensor).clone().numpy())
     monkeypatch.setattr(DeviceTensor, "record_stream", lambda self, stream: None)
     for kind, name in ((state.TreeState, "begin_step"), (state.TreeState, "add_request")):
         monkeypatch.setattr(kind, name, steps(name, getattr(kind, name)))

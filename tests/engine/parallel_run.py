@@ -13,6 +13,7 @@ MODELS = Path(__file__).parents[1] / "models"
 
 def main() -> None:
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine core stays here: a process less that imports vLLM
     from vllm import LLM, SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
 

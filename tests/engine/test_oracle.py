@@ -76,7 +76,7 @@ def sampling(features: dict[str, Any], seed: int) -> Any:
 
 @pytest.fixture(scope="module")
 def reference(engine: Callable[..., Any], prompts: list[list[int]]) -> Reference:
-    llm = engine(vllm_spec_plugins.engine_args("none"))
+    llm, prompts = engine(vllm_spec_plugins.engine_args("none")), prompts[: len(FEATURES) + 3]
     params = [sampling(FEATURES[i % len(FEATURES)], seed=i) for i in range(len(prompts))]
     outputs = run(llm, prompts, params)
     assert any(output.finish_reason == "stop" for output in outputs), (

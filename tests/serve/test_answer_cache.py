@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.serve.conftest import IN_CORE
 from vllm_spec_plugins.cascade.cache import Answer, Cache, CacheError, CacheSettings, open_cache
 from vllm_spec_plugins.tools.load import TARGET
 from vllm_spec_plugins.tools.server import MODEL, Server
@@ -26,7 +27,7 @@ FAR = "What does the garbage collector do?"
 def embeddings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The tiny target as an embedding model."""
     log = tmp_path_factory.mktemp("embeddings") / "server.log"
-    with Server("embeddings", TARGET, ARGUMENTS, log) as server:
+    with Server("embeddings", TARGET, ARGUMENTS, log, IN_CORE) as server:
         yield server
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.serve.conftest import ARGUMENTS
+from tests.serve.conftest import ARGUMENTS, IN_CORE
 from vllm_spec_plugins.tools.load import GREEDY, PROMPTS, TARGET, load_prompts, send
 from vllm_spec_plugins.tools.server import MODEL, Server, free_port, running
 
@@ -51,8 +51,8 @@ class Setting:
 def routed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setting]:
     folder = tmp_path_factory.mktemp("router")
     arguments = [*ARGUMENTS, "--max-num-seqs", str(TOGETHER), "--max-model-len", "1024"]
-    small = Server("small", TARGET.parent / "draft", arguments, folder / "small.log")
-    large = Server("large", TARGET, arguments, folder / "large.log")
+    small = Server("small", TARGET.parent / "draft", arguments, folder / "small.log", IN_CORE)
+    large = Server("large", TARGET, arguments, folder / "large.log", IN_CORE)
     stages = [
         {
             "name": server.name,

@@ -29,7 +29,7 @@ def serve(lane: str) -> None:
     """Child process: answers one JSON line per round, {"batch", "steps", "sampled"}, with times per step in ms."""
     from tests.engine.cpu.decode import DEFAULTS, TARGET, prepare
 
-    prepare("v1", async_scheduling=False)
+    prepare("v1")
     settings = json.loads(sys.argv[-1])
     if lane != "v1":
         import vllm_spec_plugins

@@ -16,12 +16,17 @@ Request = dict[str, Any]
 ROOT = Path(__file__).parents[3]
 
 
-def decode(lane: str, batches: list[list[Request]], async_scheduling: bool = False, **settings: Any) -> dict[str, Any]:
-    job = {"settings": settings, "batches": batches, "async": async_scheduling}
+def job(batches: list[list[Request]], async_scheduling: bool = False, **settings: Any) -> dict[str, Any]:
+    """What one engine is to do (`decode.py`)."""
+    return {"settings": settings, "batches": batches, "async": async_scheduling}
+
+
+def decode(lane: str, **jobs: dict[str, Any]) -> dict[str, Any]:
+    """What the engines of `jobs` say, in a process of the lane."""
     run = subprocess.run(
         [sys.executable, "-m", "tests.engine.cpu.decode", lane],
         cwd=ROOT,
-        input=json.dumps(job),
+        input=json.dumps(jobs),
         capture_output=True,
         text=True,
         timeout=280,

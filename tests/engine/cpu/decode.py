@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decodes a list of requests in one lane, in a process of its own, and prints what came out as JSON.
+"""Decodes lists of requests in one lane, in a process of its own, and prints what came out as JSON.
 
     python -m tests.engine.cpu.decode LANE < job.json
 
-LANE is v1 (vLLM's own CPU runner, this package not loaded), fast or interpreted. The job: {"settings": LLM arguments,
-"async": bool, "batches": [[{"prompt": token ids, "params": SamplingParams arguments}, ...], ...]}.
+LANE is v1 (vLLM's own CPU runner, this package not loaded), fast or interpreted. The job: engines by name, made one after the
+other, each {"settings": LLM arguments, "async": bool, "batches": [[{"prompt": token ids, "params": SamplingParams arguments},
+...], ...]}.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ DEFAULTS = {
 }
 
 
-def prepare(lane: str, async_scheduling: bool) -> None:
+def prepare(lane: str) -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
     os.environ["VLLM_PLUGINS"] = ""  # not even this package's entry point: the lane alone is under test
@@ -37,7 +38,7 @@ def prepare(lane: str, async_scheduling: bool) -> None:
         interpreted.enable()
     from vllm_spec_plugins import cpu
 
-    cpu.install(async_scheduling=async_scheduling)
+    cpu.install()
 
 
 def plain(output: Any) -> dict[str, Any]:
@@ -58,7 +59,7 @@ def plain(output: Any) -> dict[str, Any]:
     }
 
 
-def decode(job: dict[str, Any]) -> dict[str, Any]:
+def decode(job: dict[str, Any], made: list[Any]) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
 
@@ -69,7 +70,9 @@ def decode(job: dict[str, Any]) -> dict[str, Any]:
         structured = {"structured_outputs": StructuredOutputsParams(**grammar)} if grammar else {}
         return SamplingParams(**params, **structured)
 
+    os.environ["VLLM_SPEC_CPU_ASYNC"] = str(int(job["async"]))
     llm = LLM(str(TARGET), **{**DEFAULTS, **job["settings"]})
+    made.append(llm)  # engines live as long as the process: shutting one down tears down what all of them share
     batches = []
     for batch in job["batches"]:
         prompts = [{"prompt_token_ids": request["prompt"]} for request in batch]
@@ -84,6 +87,6 @@ def decode(job: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    work = json.load(sys.stdin)
-    prepare(sys.argv[1], work.get("async", False))
-    print(json.dumps(decode(work)))
+    jobs, made = json.load(sys.stdin), []
+    prepare(sys.argv[1])
+    print(json.dumps({name: decode(job, made) for name, job in jobs.items()}))

@@ -7,33 +7,23 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+import vllm_spec_plugins
 from tests.engine.conftest import MODELS
-from tests.engine.cpu.conftest import ROOT, Request, decode
+from tests.engine.cpu.conftest import ROOT, Request
+from tests.engine.decoding import generate
 
-TOKENS = 10
+TOKENS = 16
+TIMEOUT = 600  # seconds; the first test waits for all engines
 PLUGINS: dict[str, dict[str, Any]] = {
     "lookahead": {"nodes": 7, "adapt": False, "min_chance": 0.0},
     "medusa": {"model": str(MODELS / "medusa"), "nodes": 7, "adapt": False, "min_chance": 0.0},
     "specinfer": {"model": str(MODELS / "draft"), "nodes": 5, "adapt": False, "min_chance": 0.0},
 }
-
-
-def serve(plugins: dict[str, dict[str, Any]], batch: list[Request]) -> dict[str, Any]:
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.engine.cpu.served"],
-        cwd=ROOT,
-        input=json.dumps({"plugins": plugins, "batch": batch}),
-        capture_output=True,
-        text=True,
-        timeout=290,
-        env={**os.environ, "VLLM_LOGGING_LEVEL": "WARNING"},
-    )
-    assert run.returncode == 0, run.stderr[-6000:]
-    return json.loads(run.stdout.strip().splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +36,30 @@ def batch(prompts: list[list[int]]) -> list[Request]:
 
 
 @pytest.fixture(scope="module")
-def plain(batch: list[Request]) -> list[list[int]]:
-    return [output["tokens"] for output in decode("fast", [batch])["batches"][0]]
+def served(batch: list[Request]) -> dict[str, Any]:
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.engine.cpu.served"],
+        cwd=ROOT,
+        input=json.dumps({"plugins": PLUGINS, "batch": batch}),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT - 60,
+        env={**os.environ, "VLLM_LOGGING_LEVEL": "WARNING"},
+    )
+    assert run.returncode == 0, run.stderr[-6000:]
+    return json.loads(run.stdout.strip().splitlines()[-1])
 
 
+@pytest.fixture(scope="module")
+def plain(engine: Callable[..., Any], batch: list[Request]) -> list[list[int]]:
+    prompts, params = [each["prompt"] for each in batch], [each["params"] for each in batch]
+    return generate(engine(vllm_spec_plugins.engine_args("none")), prompts, params, TOKENS)[0]
+
+
+@pytest.mark.timeout(TIMEOUT)
 @pytest.mark.parametrize("name", PLUGINS)
-def test_text_is_plain_decodings(name: str, batch: list[Request], plain: list[list[int]]) -> None:
-    found = serve({name: PLUGINS[name]}, batch)[name]
+def test_text_is_plain_decodings(name: str, served: dict[str, Any], plain: list[list[int]]) -> None:
+    found = served[name]
     assert found["tokens"] == plain
     assert found["attention"] == ["TritonTreeImpl"]
     if name != "lookahead":  # which has to have seen some of the text

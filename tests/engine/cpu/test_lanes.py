@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.engine.cpu.conftest import Request, decode, word_token
+from tests.engine.cpu.conftest import Request, decode, job, word_token
 
 TOKENS = 20
 # A token that a bias makes certain and a bad word forbids: whatever the model, both show.
@@ -57,17 +57,29 @@ def sampled_batch(prompts: list[list[int]], tokens: int, offset: int = 0) -> lis
     ]
 
 
+def few_tokens(prompts: list[list[int]]) -> list[Request]:
+    """As many as the interpreter has time for."""
+    return sampled_batch(prompts, tokens=5, offset=3)
+
+
 # Prompts are prefilled in chunks of at most 48 tokens, beside decoding requests.
 CHUNKED = {"max_num_batched_tokens": 48, "enable_prefix_caching": False}
 
 
 @pytest.fixture(scope="module")
 def v1(prompts: list[list[int]]) -> dict[str, Any]:
-    return decode("v1", greedy_batches(prompts), **CHUNKED)
+    return decode("v1", v1=job(greedy_batches(prompts), **CHUNKED))["v1"]
+
+
+# vLLM refuses logit bias together with drafts.
+UNBIASED = [
+    i for i, (name, params) in enumerate(GREEDY.items()) if "logit_bias" not in params and name != "prompt_logprobs"
+]
 
 
 @pytest.fixture(scope="module")
-def fast(prompts: list[list[int]]) -> dict[str, Any]:
+def engines(prompts: list[list[int]]) -> dict[str, Any]:
+    """The fast lane as it is, with asynchronous scheduling, and with vLLM's own drafts."""
     alike = [
         {"prompt": prompts[0], "params": {"max_tokens": TOKENS, **params}}
         for params in (
@@ -81,8 +93,20 @@ def fast(prompts: list[list[int]]) -> dict[str, Any]:
             {"temperature": 0.9, "top_p": 1e-6},
         )
     ]
-    batches = [*greedy_batches(prompts), sampled_batch(prompts, TOKENS), sampled_batch(prompts, TOKENS), alike]
-    return decode("fast", batches, **CHUNKED)
+    plain, features = greedy_batches(prompts)
+    sampled = sampled_batch(prompts, TOKENS)
+    drafting = {"method": "ngram_gpu", "num_speculative_tokens": 4, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
+    return decode(
+        "fast",
+        fast=job([plain, features, sampled, sampled, alike, few_tokens(prompts)], **CHUNKED),
+        ahead=job([plain, features, sampled], async_scheduling=True, **CHUNKED),
+        drafting=job([plain, [features[i] for i in UNBIASED]], speculative_config=drafting, **CHUNKED),
+    )
+
+
+@pytest.fixture(scope="module")
+def fast(engines: dict[str, Any]) -> dict[str, Any]:
+    return engines["fast"]
 
 
 def tokens(batch: list[dict[str, Any]]) -> list[list[int]]:
@@ -143,17 +167,16 @@ def test_sampling_that_leaves_one_token_is_greedy(fast: dict[str, Any], restrict
     assert tokens(fast["batches"][4])[restricted] == tokens(fast["batches"][0])[0]
 
 
-def test_seeded_output_is_that_of_the_real_kernels(prompts: list[list[int]]) -> None:
-    batch = sampled_batch(prompts, tokens=6, offset=3)
-    interpreted, ours = (decode(lane, [batch])["batches"][0] for lane in ("interpreted", "fast"))
+def test_seeded_output_is_that_of_the_real_kernels(prompts: list[list[int]], fast: dict[str, Any]) -> None:
+    (interpreted,) = decode("interpreted", real=job([few_tokens(prompts)]))["real"]["batches"]
+    ours = fast["batches"][5]
     assert tokens(ours) == tokens(interpreted)
     for at, expected in zip(ours[6]["logprobs"], interpreted[6]["logprobs"], strict=True):
         assert set(at) == set(expected)
 
 
-def test_asynchronous_scheduling_changes_no_token(prompts: list[list[int]], fast: dict[str, Any]) -> None:
-    batches = [*greedy_batches(prompts), sampled_batch(prompts, TOKENS)]
-    ahead = decode("fast", batches, async_scheduling=True, **CHUNKED)
+def test_asynchronous_scheduling_changes_no_token(engines: dict[str, Any], fast: dict[str, Any]) -> None:
+    ahead = engines["ahead"]
     assert ahead["async"] is True
     assert fast["async"] is False
     for ours, expected in zip(ahead["batches"], fast["batches"], strict=False):
@@ -161,13 +184,7 @@ def test_asynchronous_scheduling_changes_no_token(prompts: list[list[int]], fast
     assert ahead["batches"][1][list(GREEDY).index("logprobs")]["logprobs"]
 
 
-def test_vllms_own_ngram_drafts_change_no_greedy_token(prompts: list[list[int]], fast: dict[str, Any]) -> None:
-    drafting = {"method": "ngram_gpu", "num_speculative_tokens": 4, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
-    plain, features = greedy_batches(prompts)
-    # vLLM refuses logit bias together with drafts.
-    kept = [
-        i for i, (name, params) in enumerate(GREEDY.items()) if "logit_bias" not in params and name != "prompt_logprobs"
-    ]
-    found = decode("fast", [plain, [features[i] for i in kept]], speculative_config=drafting, **CHUNKED)
-    assert tokens(found["batches"][0]) == tokens(fast["batches"][0])
-    assert tokens(found["batches"][1]) == [fast["batches"][1][i]["tokens"] for i in kept]
+def test_vllms_own_ngram_drafts_change_no_greedy_token(engines: dict[str, Any], fast: dict[str, Any]) -> None:
+    plain, features = engines["drafting"]["batches"]
+    assert tokens(plain) == tokens(fast["batches"][0])
+    assert tokens(features) == [fast["batches"][1][i]["tokens"] for i in UNBIASED]
