@@ -8,6 +8,7 @@ help:
 	@echo "make setup   .venv with vLLM for the CPU, the tools and this project"
 	@echo "make demo    plain vLLM and the plugin on the same prompts, side by side"
 	@echo "make test    lint, types and every test          make unit | kernels | engine | serve   one suite"
+	@echo "make engine-interpreted   the engine suite on what a GPU would run, under Triton's interpreter"
 	@echo "make bench   the measurements of docs/benchmarks.md"
 	@echo "make test-gpu | bench-gpu   on a machine with a GPU, in the environment that has vLLM for CUDA (docs/gpu.md)"
 
@@ -33,7 +34,7 @@ kernels: setup
 # The engine suite on what a GPU would run, interpreted.
 engine-interpreted: setup
 	$(STEP) "tests/engine, interpreted"
-	@TEST_LANE=interpreted $(PY) -m pytest tests/engine --ignore tests/engine/cpu --timeout 3600 --durations=8 -n 2 --dist loadfile
+	@TEST_LANE=interpreted $(PY) -m pytest tests/engine --ignore tests/engine/cpu --timeout 3600 --durations=8 -n 2 --dist loadfile --no-loadscope-reorder
 
 # Two processes here too: the files that share servers, and those that start their own. Each shows what it found at its end.
 OWN := tests/serve/test_router.py tests/serve/test_answer_cache.py
