@@ -70,8 +70,8 @@ def test_exit_policies_stop_drafts_and_leave_the_text_alone(
         assert generate(engines["prefix"], prompts[:6], sampling)[0] == expected
     finally:
         one.policy = one.kept = None
-    # Where shapes are fixed, most of the rows are of no request.
-    assert (0.01 if LANE else 0.05) < rows["good"] / rows["all"] < 0.95
+    few = 0.01 if LANE else 0.05  # where shapes are fixed, most of the rows are of no request
+    assert few < rows["good"] / rows["all"] < 1 - few
 
 
 @pytest.mark.parametrize("kind", ["gate", "hash"])
@@ -117,8 +117,8 @@ def test_gates_and_tables_made_by_the_command_stop_drafts_and_leave_the_text_alo
     sampling = [SAMPLINGS["mixed"](i) for i in range(6)]
     expected, _ = generate(plain, prompts[:6], sampling)
     assert generate(llm, prompts[:6], sampling)[0] == expected
-    # Where shapes are fixed, most of the rows are of no request.
-    assert (0.01 if LANE else 0.05) < rows["good"] / rows["all"] < 0.95
+    few = 0.01 if LANE else 0.05  # where shapes are fixed, most of the rows are of no request
+    assert few < rows["good"] / rows["all"] < 1 - few
     assert checked == 10
 
 
