@@ -8,6 +8,8 @@ behind them is not read.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -19,8 +21,13 @@ from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_spec_plugins.engine import kv
 from vllm_spec_plugins.engine.drafter import NO_SLOT, LoadedDraft, Step
+from vllm_spec_plugins.engine.tree_rows import TreeRows
 from vllm_spec_plugins.proposers.base import StepContext
 from vllm_spec_plugins.tree.tree import TokenTree
+
+if TYPE_CHECKING:
+    from vllm_spec_plugins.engine.draft_graphs import DraftGraphs
+    from vllm_spec_plugins.engine.triton_attention import KernelRows
 
 
 class DeviceDrafter(LoadedDraft):
@@ -39,12 +46,28 @@ class DeviceDrafter(LoadedDraft):
         self.parents = torch.zeros(requests, nodes, dtype=torch.int64, device=device)
         self.grown_at = torch.full((requests,), -1, dtype=torch.int64, device=device)
         self.levels = 0  # of the deepest tree so far
+        self.widths: set[int] = set()  # rows per request that levels had so far: all there are, once trees were grown
+        self.graphs: DraftGraphs | None = None
         # How many tokens may be known of each request that have no K/V yet, the root included.
         self.most = np.ones(requests, dtype=np.int64)
 
     def bind(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables) -> None:
         super().bind(kv_cache_config, block_tables)
         self._commit = kv.PathCommit(self.caches, self.block_size)
+
+    def capture(self) -> None:
+        from vllm_spec_plugins.engine.draft_graphs import DraftGraphs
+        from vllm_spec_plugins.engine.triton_attention import TritonTreeMetadata
+
+        def run(token: Tensor, position: Tensor, rows: KernelRows, slot: Tensor) -> Tensor:
+            return self._run(token, position, dict.fromkeys(self.layers, TritonTreeMetadata(rows)), slot)
+
+        width, blocks = self.tokens.shape[1] + 1, self.table.shape[1]
+        self.graphs = DraftGraphs(self.target_config, self.tokens.device, self.widths, width, blocks, run)
+        self.graphs.capture_passes()
+
+    def release(self) -> None:
+        self.graphs = None
 
     def add_request(self, slot: int, computed: int) -> None:
         """A request moves into `slot` with `computed` tokens in the prefix cache, the draft's K/V with them."""
@@ -74,6 +97,14 @@ class DeviceDrafter(LoadedDraft):
         self.tokens[self.slots, :nodes], self.parents[self.slots, :nodes] = tree.tokens, tree.parents
         self.levels = max(self.levels, tree.max_depth)
         return super().extend(tree, request, row)
+
+    def _pass(self, token: Tensor, position: Tensor, rows: TreeRows, slot: Tensor) -> Tensor:
+        requests = len(rows.prefix)
+        self.widths.add(rows.num_tokens // requests)
+        graph = self.graphs and self.graphs.find(requests, rows.num_tokens // requests)
+        if self.graphs is None or graph is None:
+            return super()._pass(token, position, rows, slot)
+        return self.graphs.replay(graph, token, position, rows, slot)
 
     def _keep(self, slots: Tensor, ends: Tensor) -> Tensor:
         """Move the K/V of the nodes that have come true; [B] int64, the tokens that have K/V then, never the new root.

@@ -4,8 +4,9 @@
     python -m tests.engine.cpu.served < job.json
 
 The job: {"plugins": {name: settings}, "batch": [{"prompt": token ids, "params":
-SamplingParams arguments}, ...]}. Prints one JSON object: plugin -> tokens, attention classes, launches by kernel, and the
-target's steps.
+SamplingParams arguments}, ...], "seed": int}. Prints one JSON object: plugin -> tokens, attention classes, launches by kernel, and the
+target's steps; of a draft model also the tokens when its passes are replayed from graphs, how many were, and what else is shown of
+them.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ def main() -> dict[str, Any]:
     os.environ["TEST_LANE"] = "interpreted"
     import tests.engine.conftest  # noqa: F401  (before vllm is imported)
     import vllm_spec_plugins
+    from tests.engine.cpu import graphs
     from tests.engine.cpu.decode import DEFAULTS, TARGET
 
     job = json.load(sys.stdin)
@@ -50,6 +52,15 @@ def main() -> dict[str, Any]:
             "launches": dict(launches),
             "steps": llm.llm_engine.engine_core.engine_core.scheduler.current_step,
         }
+        if name == "specinfer":
+            with graphs.captured(llm, job["sizes"]) as drafter:
+                before = graphs.Graph.replays
+                outputs = llm.generate(requests, params, use_tqdm=False)
+                found[name]["replayed"] = {
+                    "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+                    "replays": graphs.Graph.replays - before,
+                    "shown": graphs.checks(drafter, job["seed"]),
+                }
     return found
 
 
