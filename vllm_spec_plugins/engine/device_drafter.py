@@ -17,6 +17,7 @@ from vllm.config import VllmConfig
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.block_table import BlockTables
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_spec_plugins.engine import kv
@@ -48,6 +49,7 @@ class DeviceDrafter(LoadedDraft):
         self.levels = 0  # of the deepest tree so far
         self.widths: set[int] = set()  # rows per request that levels had so far: all there are, once trees were grown
         self.graphs: DraftGraphs | None = None
+        self.steady = 0  # rows per request of the graphs that read known tokens
         # How many tokens may be known of each request that have no K/V yet, the root included.
         self.most = np.ones(requests, dtype=np.int64)
 
@@ -55,15 +57,17 @@ class DeviceDrafter(LoadedDraft):
         super().bind(kv_cache_config, block_tables)
         self._commit = kv.PathCommit(self.caches, self.block_size)
 
-    def capture(self) -> None:
+    def capture(self, steady: int) -> None:
         from vllm_spec_plugins.engine.draft_graphs import DraftGraphs
         from vllm_spec_plugins.engine.triton_attention import TritonTreeMetadata
 
         def run(token: Tensor, position: Tensor, rows: KernelRows, slot: Tensor) -> Tensor:
             return self._run(token, position, dict.fromkeys(self.layers, TritonTreeMetadata(rows)), slot)
 
-        width, blocks = self.tokens.shape[1] + 1, self.table.shape[1]
-        self.graphs = DraftGraphs(self.target_config, self.tokens.device, self.widths, width, blocks, run)
+        device, rows = self.tokens.device, self.widths | {steady}
+        self.steady, self.chain = steady, torch.ones(steady, steady, dtype=torch.bool, device=device).tril()
+        width, blocks = max(self.tokens.shape[1] + 1, steady), self.table.shape[1]
+        self.graphs = DraftGraphs(self.target_config, device, rows, width, blocks, run)
         self.graphs.capture_passes()
 
     def release(self) -> None:
@@ -130,6 +134,9 @@ class DeviceDrafter(LoadedDraft):
     def _read(self, seen: Tensor, ends: Tensor, max_length: int) -> Tensor:
         """Run the known tokens from `seen` to `ends` [B] through the draft: [B, H], the hidden states of each one's last."""
         most = np.minimum(self.most[self.batch], self.max_len)
+        graph = self._steady_graph(most)
+        if graph is not None:
+            most[:] = self.steady
         # Rows begin before `seen` where they would else stand behind the last position that a block table has.
         start = torch.minimum(seen, self.max_len - async_tensor_h2d(most, seen.device))
         longest = min(self.max_len, max_length + int(most.max()))
@@ -138,10 +145,16 @@ class DeviceDrafter(LoadedDraft):
             room = np.maximum(self.max_tokens - (todo.cumsum() - todo), 0)
             count = np.minimum(todo, room)
             part = np.flatnonzero(count)
-            last = self._read_part(part, done[part], count[part], start, seen, ends, longest, last)
+            last = self._read_part(part, done[part], count[part], start, seen, ends, longest, last, graph)
             done = done + count
         assert last is not None
         return last
+
+    def _steady_graph(self, most: np.ndarray) -> BatchExecutionDescriptor | None:
+        """The graph that reads up to `most` [B] tokens of each request, if no request has more than usual."""
+        if self.graphs is None or not most.max() <= self.steady <= self.max_len:
+            return None
+        return self.graphs.find(len(most), self.steady) if len(most) * self.steady <= self.max_tokens else None
 
     def _read_part(
         self,
@@ -153,9 +166,10 @@ class DeviceDrafter(LoadedDraft):
         ends: Tensor,
         longest: int,
         last: Tensor | None,
+        graph: BatchExecutionDescriptor | None,
     ) -> Tensor:
         """`count` rows of requests `part` of the batch, from `done` behind `start`, [P] each; what is the last one's goes to
-        `last` [B, H].
+        `last` [B, H]. With a graph they are all requests' `steady` rows, chains behind what stands before them.
         """
         starts = np.zeros(len(part) + 1, dtype=np.int32)
         np.cumsum(count, out=starts[1:])
@@ -168,9 +182,14 @@ class DeviceDrafter(LoadedDraft):
         real = (position >= seen[request]) & (position < ends[request])
         token = self.req_states.all_token_ids.gpu[self.slots[request], position].clamp(min=0)
         slot = self._slots(self.step.table, request, position).where(real, NO_SLOT)
-        lengths, bounds = (start[those] + behind + number).int(), torch.from_numpy(starts)
-        metadata = self._known(bounds, count, lengths, longest, self.step.table[those], slot)
-        hidden = self._run(token, position, metadata, slot)
+        if self.graphs is not None and graph is not None:
+            sees = self.chain.repeat(len(part), 1)
+            known = TreeRows(len(token), request, start, number, sees, self.step.table, self.block_size)
+            hidden = self.graphs.replay(graph, token, position, known, slot)
+        else:
+            lengths, bounds = (start[those] + behind + number).int(), torch.from_numpy(starts)
+            metadata = self._known(bounds, count, lengths, longest, self.step.table[those], slot)
+            hidden = self._run(token, position, metadata, slot)
 
         row = (ends - 1 - start)[those] - behind
         here = ((row >= 0) & (row < number)).unsqueeze(1)

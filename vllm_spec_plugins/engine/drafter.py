@@ -121,8 +121,12 @@ class PagedDraft(ABC):
         layers = self.target_config.compilation_config.static_forward_context
         self.caches = kv.distinct(layers[name].kv_cache for name in self.layers)
 
-    def capture(self) -> None:  # noqa: B027
-        """Passes whose shapes are known are captured in full CUDA graphs. The caches are bound, and trees were grown once."""
+    def capture(self, steady: int) -> None:  # noqa: B027
+        """Passes whose shapes are known are captured in full CUDA graphs. The caches are bound, and trees were grown once.
+
+        Args:
+            steady: no request has more tokens to be read when it was asked in the last step, and not in its prompt.
+        """
 
     def release(self) -> None:  # noqa: B027
         """The captured graphs are dropped: other caches will be bound."""

@@ -144,7 +144,7 @@ class TreeSpeculator(BaseSpeculator):
         """Draft models' passes; all else that proposes runs between the graphs."""
         if self.captures:
             for drafter in self.drafters:
-                drafter.capture()
+                drafter.capture(2 + self.proposer.max_depth)  # as they count: see `_tell_drafters`
 
     @torch.inference_mode()
     def propose(

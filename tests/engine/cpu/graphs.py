@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.no_sync import Synchronised, device, no_sync, on_device
+
 BUFFERS = ("token", "position", "slot", "words", "start", "prefix", "behind", "table")
 
 
@@ -42,8 +44,7 @@ def _capturing(graph: Graph, pool: Any, stream: Any) -> Iterator[None]:
 
 @contextmanager
 def captured(llm: Any, sizes: list[int]) -> Iterator[Any]:
-    """The one draft model of engine `llm`, its passes captured for batches of as many requests as `sizes` rows of the target are.
-    """
+    """The one draft model of engine `llm`, with the graphs that it has where the target's hold batches of `sizes` rows."""
     from vllm.config.compilation import CUDAGraphMode
     from vllm.platforms import current_platform
     from vllm.v1.worker.gpu import cudagraph_utils
@@ -143,7 +144,30 @@ def checks(drafter: Any, seed: int) -> dict[str, bool]:
     for buffer in (graphs.table, graphs.prefix, graphs.behind):
         buffer.fill_(1 << 24)
     shown["rows that pad the batch read nothing and write nothing"] = same(Level(drafter, most - 1, widest, generator))
+    shown["nothing of a replay waits for the device"] = same(Level(drafter, most, widest, generator)) and waits_not(
+        graphs, Level(drafter, most, widest, generator)
+    )
     before = Graph.replays
     run(drafter._pass, Level(drafter, most + 1, widest, generator))
     shown["a batch that no graph holds runs without one"] = Graph.replays == before
     return shown
+
+
+def waits_not(graphs: Any, level: Level) -> bool:
+    """All of a replay but the graph, on tensors in disguise, which raise where the host would wait for a GPU."""
+    own = {name: getattr(graphs, name) for name in (*BUFFERS, "hidden", "_number")}
+    requests = len(level.rows.prefix)
+    desc = graphs.find(requests, level.rows.num_tokens // requests)
+    try:
+        for name, buffer in own.items():
+            setattr(graphs, name, on_device(buffer))
+        graphs.run_fullgraph = lambda desc: None
+        with device(), no_sync():
+            graphs.replay(desc, *on_device(level.given))
+        return True
+    except Synchronised:
+        return False
+    finally:
+        for name, buffer in own.items():
+            setattr(graphs, name, buffer)
+        del graphs.run_fullgraph
