@@ -4,6 +4,9 @@
 Which nodes have come true, where a request's known tokens end and which of them are new stays on the device. The host knows how
 many tokens a request can have got at most, and that many rows are run: those that are not there write no K/V, and what stands
 behind them is not read.
+
+Where the target's passes are replayed from full CUDA graphs, the draft's are too: those over a tree's level, and those that read
+what one step brings. Prompts, and what was missed while nobody asked, are of any length and run without a graph.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_spec_plugins.engine import kv
 from vllm_spec_plugins.engine.drafter import NO_SLOT, LoadedDraft, Step
+from vllm_spec_plugins.engine.support import MOST_ROWS
 from vllm_spec_plugins.engine.tree_rows import TreeRows
 from vllm_spec_plugins.proposers.base import StepContext
 from vllm_spec_plugins.tree.tree import TokenTree
@@ -64,9 +68,10 @@ class DeviceDrafter(LoadedDraft):
         def run(token: Tensor, position: Tensor, rows: KernelRows, slot: Tensor) -> Tensor:
             return self._run(token, position, dict.fromkeys(self.layers, TritonTreeMetadata(rows)), slot)
 
-        device, rows = self.tokens.device, self.widths | {steady}
-        self.steady, self.chain = steady, torch.ones(steady, steady, dtype=torch.bool, device=device).tril()
-        width, blocks = max(self.tokens.shape[1] + 1, steady), self.table.shape[1]
+        self.steady, device = min(steady, MOST_ROWS), self.tokens.device
+        self.chain = torch.ones(self.steady, self.steady, dtype=torch.bool, device=device).tril()
+        rows, blocks = self.widths | {self.steady}, self.table.shape[1]
+        width = max(self.tokens.shape[1] + 1, self.steady)
         self.graphs = DraftGraphs(self.target_config, device, rows, width, blocks, run)
         self.graphs.capture_passes()
 
