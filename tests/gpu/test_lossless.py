@@ -30,14 +30,14 @@ MODES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 def replays(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Every full CUDA graph that is replayed."""
+    """Whose full CUDA graph is replayed, every time."""
     from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 
     seen: list[Any] = []
     run = CudaGraphManager.run_fullgraph
 
     def spied(self: Any, desc: Any) -> Any:
-        seen.append(desc)
+        seen.append(self)
         return run(self, desc)
 
     monkeypatch.setattr(CudaGraphManager, "run_fullgraph", spied)
@@ -51,6 +51,8 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def test_text_is_plain_vllms(
     name: str, mode: str, engine: Callable[..., Any], prompts: list[list[int]], replays: list[Any]
 ) -> None:
+    from vllm_spec_plugins.engine.draft_graphs import DraftGraphs
+
     plain, plugin = engine(**MODES[mode]), engine(PLUGINS[name], **MODES[mode])
     for kind in ("greedy", "sampled", "mixed"):
         sampling = [SAMPLINGS[kind](i) for i in range(12)]
@@ -59,6 +61,8 @@ def test_text_is_plain_vllms(
         found, _ = generate(plugin, prompts[:12], sampling)
         assert found == expected, kind
         assert bool(replays) == (mode != "eager")
+        drafted = any(isinstance(each, DraftGraphs) for each in replays)
+        assert drafted == (name == "specinfer" and mode != "eager")
     found, speed = generate(plugin, prompts[:1], [SAMPLINGS["greedy"](0)])
     assert found == generate(plain, prompts[:1], [SAMPLINGS["greedy"](0)])[0]
     assert speed > 1.2  # else nothing was accepted, and nothing was shown
@@ -73,12 +77,12 @@ def test_every_layer_runs_tree_attention_on_the_gpu(engine: Callable[..., Any]) 
     assert all(layer.kv_cache.is_cuda for layer in layers.values())
 
 
-@pytest.mark.parametrize("name", PLUGINS)
+@pytest.mark.parametrize(("name", "mode"), [*((name, "eager") for name in PLUGINS), ("specinfer", "full graphs")])
 def test_no_stage_of_the_step_waits_for_the_gpu(
-    name: str, engine: Callable[..., Any], prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+    name: str, mode: str, engine: Callable[..., Any], prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Our calls, with all that they call: what was launched there must not be waited for."""
-    llm = engine(PLUGINS[name], **MODES["eager"])
+    llm = engine(PLUGINS[name], **MODES[mode])
     sampling = [SAMPLINGS[("greedy", "sampled")[i % 2]](i) for i in range(8)]
     expected, _ = generate(llm, prompts[:8], sampling)  # compiles what is compiled at first use
     runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner

@@ -4,9 +4,14 @@
 Which nodes have come true, where a request's known tokens end and which of them are new stays on the device. The host knows how
 many tokens a request can have got at most, and that many rows are run: those that are not there write no K/V, and what stands
 behind them is not read.
+
+Where the target's passes are replayed from full CUDA graphs, the draft's are too: those over a tree's level, and those that read
+what one step brings. Prompts, and what was missed while nobody asked, are of any length and run without a graph.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,12 +20,19 @@ from vllm.config import VllmConfig
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.block_table import BlockTables
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_spec_plugins.engine import kv
 from vllm_spec_plugins.engine.drafter import NO_SLOT, LoadedDraft, Step
+from vllm_spec_plugins.engine.support import MOST_ROWS
+from vllm_spec_plugins.engine.tree_rows import TreeRows
 from vllm_spec_plugins.proposers.base import StepContext
 from vllm_spec_plugins.tree.tree import TokenTree
+
+if TYPE_CHECKING:
+    from vllm_spec_plugins.engine.draft_graphs import DraftGraphs
+    from vllm_spec_plugins.engine.triton_attention import KernelRows
 
 
 class DeviceDrafter(LoadedDraft):
@@ -39,12 +51,32 @@ class DeviceDrafter(LoadedDraft):
         self.parents = torch.zeros(requests, nodes, dtype=torch.int64, device=device)
         self.grown_at = torch.full((requests,), -1, dtype=torch.int64, device=device)
         self.levels = 0  # of the deepest tree so far
+        self.widths: set[int] = set()  # rows per request that levels had so far: all there are, once trees were grown
+        self.graphs: DraftGraphs | None = None
+        self.steady = 0  # rows per request of the graphs that read known tokens
         # How many tokens may be known of each request that have no K/V yet, the root included.
         self.most = np.ones(requests, dtype=np.int64)
 
     def bind(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables) -> None:
         super().bind(kv_cache_config, block_tables)
         self._commit = kv.PathCommit(self.caches, self.block_size)
+
+    def capture(self, steady: int) -> None:
+        from vllm_spec_plugins.engine.draft_graphs import DraftGraphs
+        from vllm_spec_plugins.engine.triton_attention import TritonTreeMetadata
+
+        def run(token: Tensor, position: Tensor, rows: KernelRows, slot: Tensor) -> Tensor:
+            return self._run(token, position, dict.fromkeys(self.layers, TritonTreeMetadata(rows)), slot)
+
+        self.steady, device = min(steady, MOST_ROWS), self.tokens.device
+        self.chain = torch.ones(self.steady, self.steady, dtype=torch.bool, device=device).tril()
+        rows, blocks = self.widths | {self.steady}, self.table.shape[1]
+        width = max(self.tokens.shape[1] + 1, self.steady)
+        self.graphs = DraftGraphs(self.target_config, device, rows, width, blocks, run)
+        self.graphs.capture_passes()
+
+    def release(self) -> None:
+        self.graphs = None
 
     def add_request(self, slot: int, computed: int) -> None:
         """A request moves into `slot` with `computed` tokens in the prefix cache, the draft's K/V with them."""
@@ -75,6 +107,14 @@ class DeviceDrafter(LoadedDraft):
         self.levels = max(self.levels, tree.max_depth)
         return super().extend(tree, request, row)
 
+    def _pass(self, token: Tensor, position: Tensor, rows: TreeRows, slot: Tensor) -> Tensor:
+        requests = len(rows.prefix)
+        self.widths.add(rows.num_tokens // requests)
+        graph = self.graphs and self.graphs.find(requests, rows.num_tokens // requests)
+        if self.graphs is None or graph is None:
+            return super()._pass(token, position, rows, slot)
+        return self.graphs.replay(graph, token, position, rows, slot)
+
     def _keep(self, slots: Tensor, ends: Tensor) -> Tensor:
         """Move the K/V of the nodes that have come true; [B] int64, the tokens that have K/V then, never the new root.
 
@@ -99,6 +139,9 @@ class DeviceDrafter(LoadedDraft):
     def _read(self, seen: Tensor, ends: Tensor, max_length: int) -> Tensor:
         """Run the known tokens from `seen` to `ends` [B] through the draft: [B, H], the hidden states of each one's last."""
         most = np.minimum(self.most[self.batch], self.max_len)
+        graph = self._steady_graph(most)
+        if graph is not None:
+            most[:] = self.steady
         # Rows begin before `seen` where they would else stand behind the last position that a block table has.
         start = torch.minimum(seen, self.max_len - async_tensor_h2d(most, seen.device))
         longest = min(self.max_len, max_length + int(most.max()))
@@ -107,10 +150,16 @@ class DeviceDrafter(LoadedDraft):
             room = np.maximum(self.max_tokens - (todo.cumsum() - todo), 0)
             count = np.minimum(todo, room)
             part = np.flatnonzero(count)
-            last = self._read_part(part, done[part], count[part], start, seen, ends, longest, last)
+            last = self._read_part(part, done[part], count[part], start, seen, ends, longest, last, graph)
             done = done + count
         assert last is not None
         return last
+
+    def _steady_graph(self, most: np.ndarray) -> BatchExecutionDescriptor | None:
+        """The graph that reads up to `most` [B] tokens of each request, if no request has more than usual."""
+        if self.graphs is None or not most.max() <= self.steady <= self.max_len:
+            return None
+        return self.graphs.find(len(most), self.steady) if len(most) * self.steady <= self.max_tokens else None
 
     def _read_part(
         self,
@@ -122,9 +171,10 @@ class DeviceDrafter(LoadedDraft):
         ends: Tensor,
         longest: int,
         last: Tensor | None,
+        graph: BatchExecutionDescriptor | None,
     ) -> Tensor:
         """`count` rows of requests `part` of the batch, from `done` behind `start`, [P] each; what is the last one's goes to
-        `last` [B, H].
+        `last` [B, H]. With a graph they are all requests' `steady` rows, chains behind what stands before them.
         """
         starts = np.zeros(len(part) + 1, dtype=np.int32)
         np.cumsum(count, out=starts[1:])
@@ -137,9 +187,14 @@ class DeviceDrafter(LoadedDraft):
         real = (position >= seen[request]) & (position < ends[request])
         token = self.req_states.all_token_ids.gpu[self.slots[request], position].clamp(min=0)
         slot = self._slots(self.step.table, request, position).where(real, NO_SLOT)
-        lengths, bounds = (start[those] + behind + number).int(), torch.from_numpy(starts)
-        metadata = self._known(bounds, count, lengths, longest, self.step.table[those], slot)
-        hidden = self._run(token, position, metadata, slot)
+        if self.graphs is not None and graph is not None:
+            sees = self.chain.repeat(len(part), 1)
+            known = TreeRows(len(token), request, start, number, sees, self.step.table, self.block_size)
+            hidden = self.graphs.replay(graph, token, position, known, slot)
+        else:
+            lengths, bounds = (start[those] + behind + number).int(), torch.from_numpy(starts)
+            metadata = self._known(bounds, count, lengths, longest, self.step.table[those], slot)
+            hidden = self._run(token, position, metadata, slot)
 
         row = (ends - 1 - start)[those] - behind
         here = ((row >= 0) & (row < number)).unsqueeze(1)

@@ -121,6 +121,16 @@ class PagedDraft(ABC):
         layers = self.target_config.compilation_config.static_forward_context
         self.caches = kv.distinct(layers[name].kv_cache for name in self.layers)
 
+    def capture(self, steady: int) -> None:  # noqa: B027
+        """Passes whose shapes are known are captured in full CUDA graphs. The caches are bound, and trees were grown once.
+
+        Args:
+            steady: no request has more tokens to be read when it was asked in the last step, and not in its prompt.
+        """
+
+    def release(self) -> None:  # noqa: B027
+        """The captured graphs are dropped: other caches will be bound."""
+
     def add_request(self, slot: int, computed: int) -> None:  # noqa: B027
         """A request moves into `slot` with `computed` tokens in the prefix cache."""
 
@@ -156,8 +166,12 @@ class PagedDraft(ABC):
             table=step.table,
             block_size=self.block_size,
         )
+        return self.model.compute_logits(self._pass(token, position, rows, slot)).float()
+
+    def _pass(self, token: Tensor, position: Tensor, rows: TreeRows, slot: Tensor) -> Tensor:
+        """[M, H] hidden states of tree rows."""
         metadata = backend_of(slot.device).only_trees(rows, slot)
-        return self.model.compute_logits(self._run(token, position, dict.fromkeys(self.layers, metadata), slot)).float()
+        return self._run(token, position, dict.fromkeys(self.layers, metadata), slot)
 
     def _slots(self, table: Tensor, request: Tensor, place: Tensor) -> Tensor:
         """[M] int64 slots of positions `place` [M] of requests `request` [M], rows of `table`."""

@@ -135,10 +135,16 @@ class TreeSpeculator(BaseSpeculator):
         return acceptance
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
-        """Nothing to capture: proposing runs between the graphs."""
+        """Whether draft models' passes are captured too. Caches are made anew after this call: graphs of the old ones go."""
+        self.captures = cudagraph_mode.decode_mode() == CUDAGraphMode.FULL
+        for drafter in self.drafters:
+            drafter.release()
 
     def capture(self) -> None:
-        """See init_cudagraph_manager."""
+        """Draft models' passes; all else that proposes runs between the graphs."""
+        if self.captures:
+            for drafter in self.drafters:
+                drafter.capture(2 + self.proposer.max_depth)  # as they count: see `_tell_drafters`
 
     @torch.inference_mode()
     def propose(

@@ -114,7 +114,8 @@ class DraftModel(Protocol):
         """[M, V] float32: the logits behind rows `row` [M] of the trees of `request` [M], grown below the roots of `begin`.
 
         Each row is given once, after its parents; a tree has at most as many nodes as the proposer's, less one. Where the host
-        does not know which rows there are, absent ones (token -1) are among them, and nothing is made of their logits.
+        does not know which rows there are, as many of every request are given, request by request; absent ones (token -1) are
+        among them, and nothing is made of their logits.
         """
         ...
 

@@ -3,9 +3,9 @@
 
     python -m tests.engine.cpu.served < job.json
 
-The job: {"plugins": {name: settings}, "batch": [{"prompt": token ids, "params":
-SamplingParams arguments}, ...]}. Prints one JSON object: plugin -> tokens, attention classes, launches by kernel, and the
-target's steps.
+The job: {"plugins": {name: settings}, "batch": [{"prompt": token ids, "params": SamplingParams arguments}, ...], "sizes": rows of
+the target's graphs, "seed": int}. Prints one JSON object: plugin -> tokens, attention classes, launches by kernel, and the
+target's steps; of a draft model also what comes of passes that are replayed from graphs (graphs.py).
 """
 
 from __future__ import annotations
@@ -16,12 +16,16 @@ import sys
 from collections import Counter
 from typing import Any
 
+import pytest
+
 
 def main() -> dict[str, Any]:
     os.environ["TEST_LANE"] = "interpreted"
     import tests.engine.conftest  # noqa: F401  (before vllm is imported)
     import vllm_spec_plugins
+    from tests.engine.cpu import graphs
     from tests.engine.cpu.decode import DEFAULTS, TARGET
+    from tests.engine.test_on_device import check_draft
 
     job = json.load(sys.stdin)
     from triton.runtime.interpreter import GridExecutor
@@ -50,6 +54,18 @@ def main() -> dict[str, Any]:
             "launches": dict(launches),
             "steps": llm.llm_engine.engine_core.engine_core.scheduler.current_step,
         }
+        if name == "specinfer":
+            with graphs.captured(llm, job["sizes"]) as drafter:
+                before, patch = graphs.Graph.replays, pytest.MonkeyPatch()
+                checked = check_draft(llm, patch)
+                outputs = llm.generate(requests, params, use_tqdm=False)
+                patch.undo()
+                found[name]["replayed"] = {
+                    "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+                    "replays": graphs.Graph.replays - before,
+                    "checked": checked,
+                    "shown": graphs.checks(drafter, job["seed"]),
+                }
     return found
 
 

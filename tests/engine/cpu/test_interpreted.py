@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,8 +23,10 @@ TIMEOUT = 600  # seconds; the first test waits for all engines
 PLUGINS: dict[str, dict[str, Any]] = {
     "lookahead": {"nodes": 7, "adapt": False, "min_chance": 0.0},
     "medusa": {"model": str(MODELS / "medusa"), "nodes": 7, "adapt": False, "min_chance": 0.0},
-    "specinfer": {"model": str(MODELS / "draft"), "nodes": 5, "adapt": False, "min_chance": 0.0},
+    "specinfer": {"model": str(MODELS / "draft"), "nodes": 7, "depth": 3, "adapt": False, "min_chance": 0.0},
 }
+# Rows of the target's graphs: batches of 1 and of 4 requests with trees of 7 nodes.
+SIZES = [8, 32]
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +40,12 @@ def batch(prompts: list[list[int]]) -> list[Request]:
 
 @pytest.fixture(scope="module")
 def served(batch: list[Request]) -> dict[str, Any]:
+    seed = int(os.environ.get("TEST_SEED") or random.SystemRandom().randrange(2**31))
+    print(f"TEST_SEED={seed}")
     run = subprocess.run(
         [sys.executable, "-m", "tests.engine.cpu.served"],
         cwd=ROOT,
-        input=json.dumps({"plugins": PLUGINS, "batch": batch}),
+        input=json.dumps({"plugins": PLUGINS, "batch": batch, "sizes": SIZES, "seed": seed}),
         capture_output=True,
         text=True,
         timeout=TIMEOUT - 60,
@@ -66,3 +71,20 @@ def test_text_is_plain_decodings(name: str, served: dict[str, Any], plain: list[
         assert found["steps"] < TOKENS, "no drafts were accepted: the test is too easy"
     for kernel in ("kernel_unified_attention", "reshape_and_cache_kernel_flash", "tree_attention_kernel"):
         assert found["launches"][kernel] > 0
+
+
+@pytest.mark.timeout(TIMEOUT)
+def test_text_is_plain_decodings_when_a_drafts_passes_are_replayed(
+    served: dict[str, Any], plain: list[list[int]]
+) -> None:
+    found = served["specinfer"]["replayed"]
+    assert found["tokens"] == plain
+    assert found["replays"] > TOKENS // 2
+    assert min(found["checked"].values()) > 5, "the draft was not compared with itself alone"
+
+
+@pytest.mark.timeout(TIMEOUT)
+def test_a_drafts_replayed_passes_are_those_of_the_batch_at_hand(served: dict[str, Any]) -> None:
+    shown = served["specinfer"]["replayed"]["shown"]
+    assert len(shown) == 12
+    assert [what for what, holds in shown.items() if not holds] == []
