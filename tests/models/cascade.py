@@ -42,13 +42,8 @@ from tests.models.train import HERE
 from vllm_spec_plugins.cascade.rules import DeferralRule, deferral_rule, largest
 
 EXIT = 4
-DEPTH = 12  # of a stretch, at most
 LENGTH, TOKENS = 48, 64  # of prompts and answers
-SHAPE = f"nodes={DEPTH + 4},depth={DEPTH},ranks=2,adapt=false"
-STAGES = {
-    f"first {EXIT} layers": f"self-draft:exit_layer={EXIT},{SHAPE}",
-    "draft model": f"specinfer:model={HERE / 'draft'},{SHAPE}",
-}
+STAGES = {f"first {EXIT} layers": f"self-draft:exit_layer={EXIT}", "draft model": f"specinfer:model={HERE / 'draft'}"}
 # Bounds, safest first.
 SWEEPS: dict[str, Sequence[float]] = {
     "difference": (-1.0, -0.2, -0.05, 0.0, 0.1, 0.3, 1.0),
@@ -205,14 +200,19 @@ def stages_alone(name: str, model: Path, ids: Tensor) -> dict[str, Run]:
     return {"always cheap": Run(cheap, ids), "always full": Run(engine(model, "none"), ids)}
 
 
+def plugin(stage: str, depth: int) -> str:
+    """Of a cheap stage that writes stretches of at most `depth` tokens, trees where it is not sure to keep."""
+    return f"{STAGES[stage]},nodes={depth + 4},depth={depth},ranks=2,adapt=false"
+
+
 def cascades(
-    name: str, cheap: Cheap, target: Llama, ids: Tensor, text: Text, model: Path, rules: Sequence[str]
+    name: str, depth: int, cheap: Cheap, target: Llama, ids: Tensor, text: Text, model: Path, rules: Sequence[str]
 ) -> dict[Point, Run]:
     """Every rule under every bound, from one engine per rule."""
     found = {}
     for kind, bounds in ((kind, SWEEPS[kind]) for kind in rules):
         rule = deferral_rule(f"{kind}:{bounds[0]}")
-        llm: Any = engine(model, STAGES[name], f"cascade:rule={rule},route=cheap")
+        llm: Any = engine(model, plugin(name, depth), f"cascade:rule={rule},route=cheap")
         scheduler = llm.llm_engine.engine_core.engine_core.scheduler
         drafts = _count_passes(llm)
         for bound in bounds:
@@ -378,6 +378,7 @@ def main() -> None:
         "--target", type=Path, default=HERE / "target", help="that engines serve: the target, or it inflated"
     )
     parser.add_argument("--rules", nargs="+", choices=list(SWEEPS), default=list(SWEEPS), help="whose bounds are tried")
+    parser.add_argument("--depth", type=int, default=12, help="of a stretch, at most")
     parser.add_argument("--rounds", type=int, default=0, help="measure tokens/s so many times: leave the machine alone")
     args = parser.parse_args()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # steps and passes are counted in this process
@@ -391,7 +392,7 @@ def main() -> None:
         cheap = Cheap(name, target)
         text = Text.read(cheap, target, texts[: args.texts])
         references = alternatives(name, cheap, target, ids, text)
-        rules = cascades(name, cheap, target, ids, text, args.target, args.rules)
+        rules = cascades(name, args.depth, cheap, target, ids, text, args.target, args.rules)
         own = [*references, *rules]
         if args.rounds:
             own = with_speed(own, stages_alone(name, args.target, ids), rules, args.rounds)
@@ -401,7 +402,7 @@ def main() -> None:
         "prompt_tokens": LENGTH,
         "answer_tokens": TOKENS,
         "texts": min(args.texts, len(texts)),
-        "stages": {name: given.replace(f"{HERE}/", "") for name, given in STAGES.items()},
+        "stages": {name: plugin(name, args.depth).replace(f"{HERE}/", "") for name in STAGES},
         "points": [asdict(p) for p in points],
     }
     (args.workdir / "cascade.json").write_text(json.dumps(figures, indent=1) + "\n")
