@@ -31,6 +31,7 @@ if LANE:
         {kind: (replace(tiles[0], pairs=64, tokens=64),) for kind, tiles in tree_attention._TILES.items()}
     )
 
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """In the interpreted lane, what `cpu_lane("why")` marks is left out."""
     for item in items:
@@ -63,6 +64,7 @@ def engine() -> Callable[..., Any]:
         from vllm import LLM
 
         defaults: dict[str, Any] = {
+            "model": str(TARGET),
             "dtype": "float32",
             "enforce_eager": True,
             "max_model_len": 384,
@@ -70,7 +72,7 @@ def engine() -> Callable[..., Any]:
             "kv_cache_memory_bytes": 1 << 27,
             "disable_log_stats": False,
         }
-        made.append(LLM(str(TARGET), **(plugin or {}), **{**defaults, **settings}))
+        made.append(LLM(**(plugin or {}), **{**defaults, **settings}))
         return made[-1]
 
     return make

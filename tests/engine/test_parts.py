@@ -19,9 +19,17 @@ def random_tree(batch: int, nodes: int, generator: torch.Generator) -> TokenTree
 
 @pytest.mark.parametrize("soft_cap", [0.0, 20.0])
 @pytest.mark.parametrize(("heads", "groups", "dim"), [(8, 4, 32), (4, 4, 64), (6, 1, 80)])
+@pytest.mark.parametrize("window", [0, 10, 37, 500])
 @pytest.mark.parametrize("loops", [True, False])
 def test_tree_attention_equals_dense_attention_over_prefix_ancestors_and_self(
-    heads: int, groups: int, dim: int, soft_cap: float, loops: bool, seed: int, monkeypatch: pytest.MonkeyPatch
+    heads: int,
+    groups: int,
+    dim: int,
+    soft_cap: float,
+    window: int,
+    loops: bool,
+    seed: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from vllm_spec_plugins import compiled
     from vllm_spec_plugins.engine import attention
@@ -45,6 +53,8 @@ def test_tree_attention_equals_dense_attention_over_prefix_ancestors_and_self(
             block, offset = int(blocks[b, position // size]), position % size
             attention.key_blocks(cache)[block, :, :, offset] = keys[b, position]
             attention.value_blocks(cache)[block, :, offset] = values[b, position]
+        # Blocks in front of a window have been freed.
+        blocks[b, : max(0, int(prefix[b]) - window + 1) // size if window else 0] = 0
 
     class Common:
         query_start_loc = torch.tensor([0, *np.cumsum(rows)], dtype=torch.int32)
@@ -57,7 +67,7 @@ def test_tree_attention_equals_dense_attention_over_prefix_ancestors_and_self(
     query = torch.randn(total, heads, dim, generator=generator)
     monkeypatch.setattr(compiled, "use_loops", loops)
     found = torch.empty(total, heads * dim)
-    attention.attend_tree(query, cache, laid, dim**-0.5, soft_cap, found)
+    attention.attend_tree(query, cache, laid, dim**-0.5, soft_cap, found, window)
     found = found.view(total, heads, dim)
 
     start = 0
@@ -66,6 +76,9 @@ def test_tree_attention_equals_dense_attention_over_prefix_ancestors_and_self(
         sees = torch.zeros(rows[b], length, dtype=torch.bool)
         sees[:, : prefix[b]] = True
         sees[:, prefix[b] :] = tree.ancestors()[b, : rows[b], : rows[b]]
+        if window:
+            position = prefix[b] + tree.depth[b, : rows[b]]
+            sees[:, : prefix[b]] &= torch.arange(int(prefix[b])) > (position - window).unsqueeze(1)
         k = keys[b, :length].repeat_interleave(heads // groups, 1)
         v = values[b, :length].repeat_interleave(heads // groups, 1)
         scores = torch.einsum("rhd,lhd->hrl", query[start : start + rows[b]], k) * dim**-0.5

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -69,11 +70,7 @@ KINDS: list[tuple[dict[str, Any], str]] = [
     ({"is_hybrid": True}, "a hybrid or Mamba model"),
     ({"is_attention_free": True}, "a hybrid or Mamba model"),
     ({"use_mla": True}, "multi-head latent attention"),
-    ({"get_sliding_window": lambda: 4096}, "sliding-window attention"),
-    (
-        {"hf_text_config": SimpleNamespace(model_type="gemma3", layer_types=["sliding_attention", "full_attention"])},
-        "sliding-window attention",
-    ),
+    ({"hf_text_config": SimpleNamespace(model_type="llama4", layer_types=["chunked_attention"])}, "chunked attention"),
     ({"hf_text_config": SimpleNamespace(model_type="bloom")}, "ALiBi"),
     ({"uses_mrope": True}, "multi-dimensional rotary positions"),
     ({"is_multimodal_model": True}, "a multimodal model"),
@@ -188,6 +185,48 @@ def test_each_unsupported_kind_of_cuda_device_is_named(
         support.check_engine(config(device_type="cuda", **change), settings)
     assert what in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+WINDOWS = {
+    "all layers": ({}, 4096),
+    "some layers": (
+        {"hf_text_config": SimpleNamespace(model_type="gemma3", layer_types=["sliding_attention", "full_attention"])},
+        512,
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "window"), WINDOWS.values(), ids=WINDOWS)
+def test_sliding_windows_are_served_where_no_draft_has_caches_beside_them(change: dict[str, Any], window: int) -> None:
+    from vllm_spec_plugins.engine.support import check_engine
+
+    def model(window: int) -> Any:
+        return config(get_sliding_window=lambda: window, **change)
+
+    for plugin in ("lookahead", "jacobi", "none"):
+        check_engine(model(window), registry.resolve(plugin))
+    refused = {
+        "specinfer:model=a/b": "a draft for a model with sliding-window attention (some/model) is not supported; use lookahead",
+        "self-draft:exit_layer=4": "a draft for a model with sliding-window attention (some/model) is not supported",
+        "lookahead:window=0 & self-draft:exit_layer=4": "a draft for a model with sliding-window attention",
+        SCHEDULE: "a model with sliding-window attention (some/model) is not supported; serve it without --plugin",
+    }
+    for plugin, what in refused.items():
+        with pytest.raises(SettingError, match=re.escape(what)):
+            check_engine(model(window), registry.resolve(plugin))
+    with pytest.raises(
+        SettingError, match=r"a sliding window of 256 tokens \(some/model\).*; trees need more than 256:"
+    ):
+        check_engine(model(256), registry.resolve("lookahead"))
+    with pytest.raises(SettingError, match=r"a sliding window of 300 tokens .*; trees need more than 310:"):
+        check_engine(model(300), registry.resolve("lookahead:window=30,ngram=10,nodes=40"))
+
+
+def test_layers_without_windows_are_what_they_are_whatever_the_model_could_have() -> None:
+    from vllm_spec_plugins.engine.support import check_engine
+
+    unused = SimpleNamespace(model_type="qwen2", layer_types=["full_attention"])
+    check_engine(config(get_sliding_window=lambda: 128, hf_text_config=unused), registry.resolve(SCHEDULE))
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,9 @@ from vllm.v1.attention.backends.cpu_attn import (
 
 from vllm_spec_plugins.compiled import loops_for
 from vllm_spec_plugins.engine.state import StepTrees
-from vllm_spec_plugins.engine.tree_rows import DenseRows, TreeRows, foreign, tree_rows, without_trees
+from vllm_spec_plugins.engine.tree_rows import DenseRows, TreeRows, foreign, tree_rows, unknown, without_trees
+
+_NO_DEPTH = np.zeros(0, dtype=np.int64)
 
 
 @dataclass
@@ -173,17 +175,27 @@ class TreeAttentionImpl(CPUAttentionBackendImpl):
                 layer, query[tokens:end], key[tokens:end], value[tokens:end], kv_cache, attn_metadata,
                 output[tokens:end], output_scale, output_block_scale,
             )  # fmt: skip
-        attend_tree(query[:tokens], kv_cache, tree, self.scale, self.logits_soft_cap, output[:tokens])
+        window = max(self.sliding_window, 0)
+        attend_tree(query[:tokens], kv_cache, tree, self.scale, self.logits_soft_cap, output[:tokens], window)
         return output
 
 
-def attend_tree(query: Tensor, kv_cache: Tensor, tree: TreeRows, scale: float, soft_cap: float, output: Tensor) -> None:
+def attend_tree(
+    query: Tensor,
+    kv_cache: Tensor,
+    tree: TreeRows,
+    scale: float,
+    soft_cap: float,
+    output: Tensor,
+    window: int = 0,
+) -> None:
     """Attention of the tree rows over the paged cache, which holds the keys and values of this step already.
 
     Args:
         query: [R, H, D].
         kv_cache: [blocks, G, P, 2 * D], vLLM's "vec" layout: see `key_blocks`.
         output: [R, H, D] or [R, H * D], written.
+        window: a row sees only the last `window` tokens, itself included; 0 = all. Its tree is always inside.
     """
     if kv_cache.dtype == torch.float32 and loops_for(query):
         from vllm_spec_plugins.cpu.kernels.tree_attention import attend
@@ -197,12 +209,14 @@ def attend_tree(query: Tensor, kv_cache: Tensor, tree: TreeRows, scale: float, s
             tree.prefix.numpy(),
             tree.behind.numpy(),
             tree.sees.numpy(),
+            tree.depth.numpy() if window else _NO_DEPTH,
+            window,
             np.float32(scale),
             np.float32(soft_cap),
             output.view(query.shape).numpy(),
         )
         return
-    output.copy_(attend_dense(query, kv_cache, tree.dense, scale, soft_cap).view_as(output))
+    output.copy_(attend_dense(query, kv_cache, tree.dense(window), scale, soft_cap).view_as(output))
 
 
 def attend_dense(query: Tensor, kv_cache: Tensor, rows: DenseRows, scale: float, soft_cap: float) -> Tensor:
@@ -241,10 +255,15 @@ def value_blocks(kv_cache: Tensor) -> Tensor:
 
 
 def kind_of(layer: Any, block_size: int) -> tuple[Any, ...]:
-    """What `check_layout` has to be told of an attention layer. Raises RuntimeError when it is not ours."""
-    if not isinstance(layer.impl, TreeAttentionImpl):
+    """What `check_layout` has to be told of an attention layer. Raises RuntimeError when it is not ours, or attends in a way
+    that tree attention has no code for.
+    """
+    impl = layer.impl
+    if not isinstance(impl, TreeAttentionImpl):
         raise foreign(layer)
-    return layer.isa, block_size, layer.impl.num_kv_heads, layer.impl.head_size, layer.kv_cache.dtype
+    if impl.attn_type != AttentionType.DECODER or impl.sinks is not None or impl.alibi_slopes is not None:
+        raise unknown(layer)
+    return layer.isa, block_size, impl.num_kv_heads, impl.head_size, layer.kv_cache.dtype
 
 
 def check_layout(isa: str, block_size: int, groups: int, dim: int, dtype: torch.dtype) -> None:

@@ -19,17 +19,27 @@ CONTEXTS, NODES = (19, 3), 4
 
 
 def check(
-    device: torch.device, block_size: int, heads: int, groups: int, dim: int, dtype: torch.dtype, heads_apart: bool
+    device: torch.device,
+    block_size: int,
+    heads: int,
+    groups: int,
+    dim: int,
+    dtype: torch.dtype,
+    heads_apart: bool,
+    window: int = 0,
 ) -> None:
     """Raises RuntimeError when a kernel and its reference, or vLLM's K/V layout and our views of it, do not agree.
 
     Args:
         heads_apart: whether the cache keeps a block's tokens of one head together, or its heads of one token.
+        window: how many tokens a row sees, itself included; 0 = all.
     """
     generator = torch.Generator().manual_seed(0)
     tree = _tree(generator)
     found = {
-        "tree attention": _attention(tree, generator, device, block_size, heads, groups, dim, dtype, heads_apart),
+        "tree attention": _attention(
+            tree, generator, device, block_size, heads, groups, dim, dtype, heads_apart, window
+        ),
         "the walk": _walk(tree, generator, device),
         "the move of K/V": _commit(generator, device, block_size, groups, dim, dtype, heads_apart),
     }
@@ -56,15 +66,17 @@ def _attention(
     dim: int,
     dtype: torch.dtype,
     heads_apart: bool,
+    window: int,
 ) -> bool:
     """Keys and values are written by vLLM's own kernel: the layout is checked with the attention."""
     random = partial(torch.randn, generator=generator)
     count, rows = len(CONTEXTS), NODES + 1
-    blocks = -(-(max(CONTEXTS) + rows) // size)
+    contexts = (window + CONTEXTS[0], *CONTEXTS[1:])  # a request that has outgrown its window, and one that has not
+    blocks = -(-(max(contexts) + rows) // size)
     cache = _cache(1 + count * blocks, size, groups, dim, dtype, device, heads_apart)
     keys, values = cache.transpose(1, 2).split(dim, -1)
     table = 1 + torch.randperm(count * blocks, generator=generator).view(count, blocks)
-    position = [torch.arange(context + rows) for context in CONTEXTS]
+    position = [torch.arange(context + rows) for context in contexts]
     slots = torch.cat([table[b, place // size] * size + place % size for b, place in enumerate(position)])
     written = [random(len(slots), groups, dim).to(device, dtype) for _ in range(2)]
     one = torch.ones(1, device=device)
@@ -75,12 +87,14 @@ def _attention(
     query = random(count * rows, heads, dim).to(device, dtype)
     given: dict[str, Any] = {
         "start": torch.arange(count + 1, dtype=torch.int32, device=device) * rows,
-        "prefix": torch.tensor(CONTEXTS, dtype=torch.int32, device=device),
+        "prefix": torch.tensor(contexts, dtype=torch.int32, device=device),
         "behind": torch.full((count,), rows, dtype=torch.int32, device=device),
         "words": tree.ancestor_words().flatten(0, 1).to(device),
         "block_table": table.int().to(device),
         "max_rows": rows,
         "scale": dim**-0.5,
+        "window": window,
+        "depth": tree.depth.flatten().int().to(device) if window else None,
     }
 
     def run(attend: Callable[..., None]) -> Tensor:

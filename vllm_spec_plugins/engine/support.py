@@ -131,7 +131,7 @@ def _unsupported(config: VllmConfig) -> Iterator[tuple[str, str]]:
     """(what is not supported, what would be valid), for everything that does not hold; for trees and schedules alike."""
     model, parallel, cache = config.model_config, config.parallel_config, config.cache_config
     name = model.model
-    without = f"serve it without {FLAG}, or with {FLAG} none"
+    without = _without()
     if model.runner_type != "generate":
         yield f"a {model.runner_type} model ({name})", "use a model that generates text"
     if model.is_encoder_decoder:
@@ -140,8 +140,8 @@ def _unsupported(config: VllmConfig) -> Iterator[tuple[str, str]]:
         yield f"a hybrid or Mamba model ({name})", without
     if model.use_mla:
         yield f"a model with multi-head latent attention ({name})", without
-    if model.get_sliding_window() is not None or _has_windows(model.hf_text_config):
-        yield f"a model with sliding-window attention ({name})", without
+    if any("chunked" in str(kind) for kind in _layer_types(model)):
+        yield f"a model with chunked attention ({name})", without
     if model.uses_mrope:
         yield f"a model with multi-dimensional rotary positions ({name})", without
     if model.is_multimodal_model:
@@ -164,6 +164,15 @@ def _unsupported(config: VllmConfig) -> Iterator[tuple[str, str]]:
 
 def _unsupported_by_trees(config: VllmConfig, settings: Settings) -> Iterator[tuple[str, str]]:
     model = config.model_config
+    if (window := _window(model)) is not None:
+        method = method_of(settings)
+        if method.slots(settings):
+            yield (
+                f"a draft for a model with sliding-window attention ({model.model})",
+                "use lookahead, jacobi or medusa",
+            )
+        if window <= (least := max(MOST_ROWS, 1 + method.shape(settings)[0])):  # the kernels take a tree to be inside
+            yield f"a sliding window of {window} tokens ({model.model})", f"trees need more than {least}: {_without()}"
     if model.return_sampling_mask:
         yield "--return-sampling-mask", "start without it"
     if model.enable_trace_replay:
@@ -199,6 +208,8 @@ def _unsupported_on_cuda(config: VllmConfig, settings: Settings) -> Iterator[tup
 
 
 def _unsupported_by_schedules(config: VllmConfig) -> Iterator[tuple[str, str]]:
+    if _window(config.model_config) is not None:
+        yield f"a model with sliding-window attention ({config.model_config.model})", _without()
     if config.lora_config is not None:
         yield "--enable-lora, which names an adapter per row of the whole batch,", "start without it"
     if config.parallel_config.data_parallel_size > 1 and config.model_config.is_moe:
@@ -212,9 +223,19 @@ def _unsupported_by_schedules(config: VllmConfig) -> Iterator[tuple[str, str]]:
         )
 
 
-def _has_windows(text_config: Any) -> bool:
-    kinds = getattr(text_config, "layer_types", None) or []
-    return any("sliding" in str(kind) or "chunked" in str(kind) for kind in kinds)
+def _without() -> str:
+    return f"serve it without {FLAG}, or with {FLAG} none"
+
+
+def _layer_types(model: ModelConfig) -> list[Any]:
+    return getattr(model.hf_text_config, "layer_types", None) or []
+
+
+def _window(model: ModelConfig) -> int | None:
+    """Tokens that a row sees in layers that do not see all; None: there are none."""
+    window = model.get_sliding_window()
+    kinds = _layer_types(model)
+    return None if kinds and not any("sliding" in str(kind) for kind in kinds) else window
 
 
 def _uses_alibi(text_config: Any) -> bool:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -36,10 +36,20 @@ class TreeRows:
     sees: Tensor
     table: Tensor
     block_size: int
+    _dense: dict[int, DenseRows] = field(default_factory=dict, init=False)
 
     @cached_property
-    def dense(self) -> DenseRows:
-        """The same for batched torch operations."""
+    def depth(self) -> Tensor:
+        """[R] int64, depth of each row in its tree: it sees all of its ancestors, and itself."""
+        return self.sees.sum(1) - 1
+
+    def dense(self, window: int = 0) -> DenseRows:
+        """The same for batched torch operations; of the prefix, rows see what lies in their `window` (0: all)."""
+        if window not in self._dense:
+            self._dense[window] = self._padded(window)
+        return self._dense[window]
+
+    def _padded(self, window: int) -> DenseRows:
         counts = self.request.bincount(minlength=len(self.prefix))  # [T]
         most = int(counts.max())
         starts = counts.cumsum(0) - counts
@@ -48,16 +58,22 @@ class TreeRows:
         row = torch.where(real, starts.unsqueeze(1) + place, starts.unsqueeze(1).clamp(max=self.num_tokens - 1))
 
         length = self.prefix + self.behind
-        num_blocks = max(1, -(-int(length.max()) // self.block_size))
-        position = torch.arange(num_blocks * self.block_size)
+        # The block of the first token that a root sees; deeper rows see no earlier ones.
+        begin = (self.prefix - window + 1).clamp(min=0) // self.block_size if window else torch.zeros_like(length)
+        num_blocks = max(1, int((-(-length // self.block_size) - begin).max()))
+        block = begin.unsqueeze(1) + torch.arange(num_blocks)  # [T, M]
         # Blocks behind a shorter request may not exist: read block 0 (vLLM's null block) under the mask.
-        table = self.table[:, :num_blocks].long()
-        table = table.masked_fill(position[:: self.block_size] >= length.unsqueeze(1), 0)
-        sees = position < self.prefix.unsqueeze(1)  # [T, M * P]
-        sees = sees[self.request]
-        column = self.prefix.unsqueeze(1) + torch.arange(self.sees.shape[1])
-        within = column < length.unsqueeze(1)
-        column = column.clamp(max=len(position) - 1)[self.request]
+        table = self.table.gather(1, block.clamp(max=self.table.shape[1] - 1)).long()
+        table = table.masked_fill(block * self.block_size >= length.unsqueeze(1), 0)
+        start = begin * self.block_size
+        position = start.unsqueeze(1) + torch.arange(num_blocks * self.block_size)  # [T, M * P]
+        sees = (position < self.prefix.unsqueeze(1))[self.request]
+        if window:
+            first = self.prefix[self.request] + self.depth - window + 1
+            sees &= position[self.request] >= first.unsqueeze(1)
+        column = (self.prefix - start).unsqueeze(1) + torch.arange(self.sees.shape[1])
+        within = column < (length - start).unsqueeze(1)
+        column = column.clamp(max=position.shape[1] - 1)[self.request]
         sees = sees.scatter_reduce(1, column, self.sees & within[self.request], "amax")
         bias = torch.full(sees.shape, float("-inf")).masked_fill_(sees, 0.0)[row]  # [T, S, M * P]
         bias = bias.view(len(self.prefix), most, num_blocks, 1, self.block_size).transpose(1, 3)
@@ -151,4 +167,12 @@ def foreign(layer: Any) -> RuntimeError:
     return RuntimeError(
         f"--plugin: layer {layer.layer_name} runs {type(layer.impl).__name__}, not tree attention: another package replaced "
         f"the attention backend, or an engine was built in this process before the plugin was loaded"
+    )
+
+
+def unknown(layer: Any) -> RuntimeError:
+    """An attention layer sees what tree attention does not."""
+    return RuntimeError(
+        f"--plugin: layer {layer.layer_name} attends with sinks, ALiBi or to an encoder, which tree attention does not know: "
+        f"serve the model without --plugin"
     )

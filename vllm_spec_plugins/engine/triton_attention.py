@@ -25,7 +25,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_spec_plugins import compiled
 from vllm_spec_plugins.engine.state import StepTrees
-from vllm_spec_plugins.engine.tree_rows import TreeRows, foreign, without_trees
+from vllm_spec_plugins.engine.tree_rows import TreeRows, foreign, unknown, without_trees
 from vllm_spec_plugins.kernels.tree_attention import tree_attention
 from vllm_spec_plugins.tree.tree import as_words
 
@@ -42,6 +42,7 @@ class KernelRows:
         behind: [T] int32, tokens of the tree that stand in the cache behind the prefix, the root first.
         words: [R, W] int64, which of those a row sees, as bits.
         table: [T, M] int32, the requests' K/V blocks.
+        depth: [R] int32, depth of each row in its tree; None where no layer has a window.
     """
 
     num_tokens: int
@@ -51,6 +52,7 @@ class KernelRows:
     behind: Tensor
     words: Tensor
     table: Tensor
+    depth: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -65,7 +67,8 @@ class TritonTreeBuilder(TritonAttentionMetadataBuilder):
     """Builds the tree part once per step and K/V cache group.
 
     Attributes:
-        words: [most tokens, W] int64; prefix, behind: [most requests] int32: see `KernelRows`, whose tensors are views of them.
+        words: [most tokens, W] int64; prefix, behind: [most requests] int32; depth: [most tokens] int32, or None: see
+            `KernelRows`, whose tensors are views of them.
         chain: [N + 1, W] int64, the words of a request without a tree: row i sees rows 0 to i.
     """
 
@@ -80,6 +83,9 @@ class TritonTreeBuilder(TritonAttentionMetadataBuilder):
         tokens, requests = scheduler.max_num_batched_tokens, scheduler.max_num_seqs
         self.words = torch.zeros(tokens, self.chain.shape[1], dtype=torch.int64, device=device)
         self.prefix, self.behind = (torch.zeros(requests, dtype=torch.int32, device=device) for _ in range(2))
+        layers = vllm_config.compilation_config.static_forward_context
+        windows = any(window_of(layers[name].impl) for name in layer_names)
+        self.depth = torch.zeros(tokens, dtype=torch.int32, device=device) if windows else None
         self._place = torch.arange(tokens, device=device)
         if compiled.use_kernels:  # the interpreter runs one program after the other: no splitting of contexts
             self.seq_threshold_3D = 0
@@ -100,6 +106,8 @@ class TritonTreeBuilder(TritonAttentionMetadataBuilder):
         request = trees.request[:num_tokens]
         local = self._place[:num_tokens] - common.query_start_loc[request]
         self.words[:num_tokens] = trees.tree.ancestor_words()[request, local]
+        if self.depth is not None:
+            self.depth[:num_tokens] = trees.tree.depth[request, local]
         if int(common.query_start_loc_cpu[-1]) == num_tokens:  # requests that pad the batch of a graph have no rows
             return self._trees(common, common.num_reqs, common.num_actual_tokens, common.max_query_len)
         metadata = self._trees(common, count, num_tokens, int(trees.num_rows[:count].max()))
@@ -120,6 +128,8 @@ class TritonTreeBuilder(TritonAttentionMetadataBuilder):
             )
         words = self.words[: common.num_actual_tokens]
         words.view(common.num_reqs, rows, -1).copy_(self.chain)
+        if self.depth is not None:
+            self.depth[: common.num_actual_tokens].view(common.num_reqs, rows).copy_(self._place[:rows])
         return self._trees(common, common.num_reqs, common.num_actual_tokens, rows)
 
     def _trees(self, common: CommonAttentionMetadata, count: int, num_tokens: int, max_rows: int) -> TritonTreeMetadata:
@@ -136,8 +146,14 @@ class TritonTreeBuilder(TritonAttentionMetadataBuilder):
                 behind=behind,
                 words=self.words[:num_tokens],
                 table=common.block_table_tensor[:count],
+                depth=None if self.depth is None else self.depth[:num_tokens],
             )
         )
+
+
+def window_of(impl: Any) -> int:
+    """How many tokens a row of a layer sees, itself included; 0 = all."""
+    return int(impl.sliding_window[0]) + 1
 
 
 def only_trees(rows: TreeRows, slot_mapping: Tensor) -> TritonTreeMetadata:
@@ -205,6 +221,8 @@ class TritonTreeImpl(TritonAttentionImpl):
             max_rows=tree.max_rows,
             scale=self.scale,
             soft_cap=self.logits_soft_cap,
+            window=window_of(self),
+            depth=tree.depth,
         )
         if rest is not None:
             part = slice(tree.num_tokens, tree.num_tokens + rest.num_actual_tokens)
@@ -231,21 +249,25 @@ def kind_of(layer: Any, block_size: int) -> tuple[Any, ...]:
     impl = layer.impl
     if not isinstance(impl, TritonTreeImpl):
         raise foreign(layer)
-    plain = impl.attn_type == AttentionType.DECODER and impl.sinks is None and impl.alibi_slopes is None
-    if not plain or impl.sliding_window != (-1, -1):
-        raise RuntimeError(
-            f"--plugin: layer {layer.layer_name} attends with sinks, ALiBi, a window or to an encoder, which tree attention "
-            f"does not know: serve the model without --plugin"
-        )
+    if impl.attn_type != AttentionType.DECODER or impl.sinks is not None or impl.alibi_slopes is not None:
+        raise unknown(layer)
     heads_apart = layer.kv_cache.stride(1) > layer.kv_cache.stride(2)
     cache = layer.kv_cache
-    return cache.device, block_size, impl.num_heads, impl.num_kv_heads, impl.head_size, cache.dtype, heads_apart
+    shape = (impl.num_heads, impl.num_kv_heads, impl.head_size)
+    return cache.device, block_size, *shape, cache.dtype, heads_apart, window_of(impl)
 
 
 def check_layout(
-    device: torch.device, block_size: int, heads: int, groups: int, dim: int, dtype: torch.dtype, heads_apart: bool
+    device: torch.device,
+    block_size: int,
+    heads: int,
+    groups: int,
+    dim: int,
+    dtype: torch.dtype,
+    heads_apart: bool,
+    window: int,
 ) -> None:
     """See `self_check.check`."""
     from vllm_spec_plugins.engine.self_check import check
 
-    check(device, block_size, heads, groups, dim, dtype, heads_apart)
+    check(device, block_size, heads, groups, dim, dtype, heads_apart, window)

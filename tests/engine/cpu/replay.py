@@ -26,8 +26,8 @@ from torch import Tensor
 import vllm_spec_plugins
 from tests.engine.cpu.decode import TARGET
 
-NODES, SIZE, HEADS, GROUPS, DIM, BLOCKS = 5, 16, 4, 2, 32, 24
-MOST_REQUESTS, WIDTH = 4, 4  # blocks per request
+NODES, SIZE, HEADS, GROUPS, DIM, BLOCKS = 5, 16, 4, 2, 32, 88
+MOST_REQUESTS, WIDTH, WINDOW = 4, 20, 260  # blocks per request, tokens
 
 
 class Batch:
@@ -66,8 +66,10 @@ class Batch:
             seq_lens_cpu_upper_bound=self.lengths[:padded].clone(),
         )
 
-    def expected(self, query: Tensor, sees: list[Tensor]) -> Tensor:
-        """Dense attention of every row over the tokens before its request's rows, and those of its rows that it sees."""
+    def expected(self, query: Tensor, sees: list[Tensor], window: int) -> Tensor:
+        """Dense attention of every row over the tokens before its request's rows, and those of its rows that it sees; of all
+        these the last `window`, if it is not 0.
+        """
         out = []
         for b, mask in enumerate(sees):
             length = int(self.lengths[b])
@@ -77,6 +79,9 @@ class Batch:
             first = int(self.start[b])
             scores = torch.einsum("rhd,lhd->rhl", query[first : first + len(mask)], keys) * DIM**-0.5
             whole = torch.cat((torch.ones(len(mask), length - len(mask), dtype=torch.bool), mask), 1)
+            if window:
+                position = length - len(mask) + mask.sum(1) - 1
+                whole &= place > (position - window).unsqueeze(1)
             weights = scores.masked_fill(~whole.unsqueeze(1), float("-inf")).softmax(-1)
             out.append(torch.einsum("rhl,lhd->rhd", weights, values))
         return torch.cat(out)
@@ -109,6 +114,12 @@ def tensors_of(metadata: Any) -> dict[str, Tensor]:
 
 
 def main(seed: int) -> dict[str, bool]:
+    shown = replays(seed, 0)
+    shown |= {f"with a window: {what}": holds for what, holds in replays(seed, WINDOW).items()}
+    return shown | self_checks(torch.device("cpu"))
+
+
+def replays(seed: int, window: int) -> dict[str, bool]:
     from vllm.config import set_current_vllm_config
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.kv_cache_interface import FullAttentionSpec
@@ -120,10 +131,12 @@ def main(seed: int) -> dict[str, bool]:
     generator = torch.Generator().manual_seed(seed)
     device = torch.device("cpu")
     spec = FullAttentionSpec(block_size=SIZE, num_kv_heads=GROUPS, head_size=DIM, dtype=torch.float32)
+    impl: Any = TritonTreeImpl(HEADS, DIM, DIM**-0.5, GROUPS, None, window or None, "auto")
+    layer: Any = type("Layer", (), {"_k_scale": torch.ones(1), "_v_scale": torch.ones(1), "_q_scale": torch.ones(1)})
+    layer.impl = impl
+    config.compilation_config.static_forward_context["layer"] = layer
     with set_current_vllm_config(config):
-        builder: Any = TritonTreeBuilder(spec, [], config, device)
-    impl: Any = TritonTreeImpl(HEADS, DIM, DIM**-0.5, GROUPS, None, None, "auto")
-    layer = type("Layer", (), {"_k_scale": torch.ones(1), "_v_scale": torch.ones(1), "_q_scale": torch.ones(1)})
+        builder: Any = TritonTreeBuilder(spec, ["layer"], config, device)
     batch, rows = Batch(generator), NODES + 1
 
     def run(metadata: Any, tokens: int) -> tuple[Tensor, Tensor]:
@@ -139,11 +152,12 @@ def main(seed: int) -> dict[str, bool]:
     captured = builder.build_for_cudagraph_capture(batch.common([rows] * 3, [0] * 3, 3))
     query, out = run(captured, 3 * rows)
     chain = [torch.ones(rows, rows, dtype=torch.bool).tril()] * 3
-    shown["a graph is captured with chains"] = equal(out, batch.expected(query, chain))
+    shown["a graph is captured with chains"] = equal(out, batch.expected(query, chain, window))
     before = {name: value.data_ptr() for name, value in tensors_of(captured).items()}
     owned = {
         tensor.untyped_storage().data_ptr()
-        for tensor in (builder.words, builder.prefix, builder.behind, batch.start, batch.table)
+        for tensor in (builder.words, builder.prefix, builder.behind, builder.depth, batch.start, batch.table)
+        if tensor is not None
     }
     shown["all it reads of a step stands in buffers that stay"] = owned == {
         value.untyped_storage().data_ptr() for value in tensors_of(captured).values()
@@ -157,24 +171,24 @@ def main(seed: int) -> dict[str, bool]:
         built = builder.build(0, common, trees=trees)
         addresses.append({name: value.data_ptr() for name, value in tensors_of(built).items()} == before)
         query, out = run(captured, 3 * rows)
-        replayed.append(equal(out[: count * rows], batch.expected(query, sees)))
+        replayed.append(equal(out[: count * rows], batch.expected(query, sees, window)))
         padding.append(bool(out[count * rows :].isnan().all()))
     shown["the captured metadata gives each later step's result"] = all(replayed)
     shown["no buffer moves"] = all(addresses)
     shown["rows that pad the batch are left alone"] = all(padding)
 
     # The controls: a step that was not built leaves the last one's trees, here chains, and a wrong bit is seen.
-    common = batch.common([rows] * 3, [7, 0, 30], 3)
+    common = batch.common([rows] * 3, [7, 0, WINDOW + 30], 3)
     builder.build_for_cudagraph_capture(common)
     trees, sees = random_trees([NODES] * 3, [], generator)
     while all(torch.equal(mask, chain[0]) for mask in sees):
         trees, sees = random_trees([NODES] * 3, [], generator)
     query, out = run(captured, 3 * rows)
-    shown["a step that was not built gives another result"] = not equal(out, batch.expected(query, sees))
+    shown["a step that was not built gives another result"] = not equal(out, batch.expected(query, sees, window))
     builder.build(0, common, trees=trees)
     builder.words[rows - 1, 0] ^= 1 << 0
     query, out = run(captured, 3 * rows)
-    shown["a flipped bit gives another result"] = not equal(out, batch.expected(query, sees))
+    shown["a flipped bit gives another result"] = not equal(out, batch.expected(query, sees, window))
 
     # Without a graph: trees of other sizes, and behind them a prompt and a request that decodes.
     mixed = []
@@ -184,18 +198,25 @@ def main(seed: int) -> dict[str, bool]:
         trees, sees = random_trees(drafts, rest, generator)
         built = builder.build(0, batch.common(counts, contexts, len(counts)), trees=trees)
         query, out = run(built, sum(counts))
-        mixed.append(equal(out, batch.expected(query, sees)))
+        mixed.append(equal(out, batch.expected(query, sees, window)))
     shown["a mixed batch's rows see what they should"] = all(mixed)
-    return shown | self_checks(device)
+    if builder.depth is not None:
+        common = batch.common([rows], [WINDOW + 30], 1)
+        trees, sees = random_trees([NODES], [], generator)
+        built = builder.build(0, common, trees=trees)
+        builder.depth.zero_()
+        query, out = run(built, rows)
+        shown["without depths the result is another"] = not equal(out, batch.expected(query, sees, window))
+    return shown
 
 
 def self_checks(device: torch.device) -> dict[str, bool]:
     """The check at an engine's start passes, and finds each of three kernels that is broken."""
     from vllm_spec_plugins.engine import self_check
 
-    def refused(dtype: torch.dtype, heads_apart: bool) -> str:
+    def refused(dtype: torch.dtype, heads_apart: bool, window: int = 0) -> str:
         try:
-            self_check.check(device, SIZE, HEADS, GROUPS, DIM, dtype, heads_apart)
+            self_check.check(device, SIZE, HEADS, GROUPS, DIM, dtype, heads_apart, window)
         except RuntimeError as error:
             return str(error)
         return ""
@@ -203,6 +224,7 @@ def self_checks(device: torch.device) -> dict[str, bool]:
     shown = {}
     layouts = [(dtype, apart) for dtype in (torch.float32, torch.bfloat16) for apart in (True, False)]
     shown["the start's self-check passes in both layouts and types"] = not any(refused(*layout) for layout in layouts)
+    shown["the start's self-check passes with a window"] = not refused(torch.float32, True, WINDOW)
     attend, walk = self_check.tree_attention.tree_attention, self_check.tree_walk.tree_walk
     broken: list[tuple[Any, str, Any, str]] = [
         (

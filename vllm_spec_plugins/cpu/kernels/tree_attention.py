@@ -30,6 +30,8 @@ def attend(
     prefix: Any,
     behind: Any,
     sees: Any,
+    depth: Any,
+    window: int,
     scale: Any,
     soft_cap: Any,
     out: Any,
@@ -44,6 +46,8 @@ def attend(
         prefix: int64[T], tokens that every row of the request sees: the first ones of the cache.
         behind: int64[T], tokens of the tree that stand behind them.
         sees: bool[R, S], which of the latter a row sees: at least itself.
+        depth: int64[R], depth of each row; of no tokens without a window.
+        window: a row sees only the last `window` tokens, itself included; 0 = all. Its tree is always inside.
         scale, soft_cap: float32; soft_cap 0 = none.
     """
     rows, heads, dim = query.shape
@@ -62,12 +66,16 @@ def attend(
             last += 1
         of = request[first]
         before, columns = prefix[of], behind[of]
+        # What no row sees is not read: blocks in front of a window may be others' by now.
+        skipped = max(0, before - window + 1) // size if window > 0 else 0
+        before -= skipped * size
         length = before + columns
+        blocks = (length + size - 1) // size
         for group in range(groups):
-            for block in range((length + size - 1) // size):
+            for block in range(blocks):
                 start = block * size
                 count = min(size, length - start)
-                keys = cache[table[of, block], group, 0]
+                keys = cache[table[of, skipped + block], group, 0]
                 for row in range(first, last):
                     for head in range(per_group):
                         line = scores[(row - first) * per_group + head, start : start + count]
@@ -78,6 +86,8 @@ def attend(
                     if soft_cap > _ZERO:
                         for place in range(length):
                             line[place] = soft_cap * np.float32(np.tanh(line[place] / soft_cap))
+                    if window > 0:
+                        line[: max(0, before + depth[row] - window + 1)] = _MASKED
                     for place in range(columns):
                         if not sees[row, place]:
                             line[before + place] = _MASKED
@@ -86,10 +96,10 @@ def attend(
                     total = _softmax(line[:whole], powers[:whole], lanes)
                     to = out[row, group * per_group + head]
                     to[:] = _ZERO
-                    for block in range((length + size - 1) // size):
+                    for block in range(blocks):
                         start = block * size
                         count = min(size, length - start)
-                        _weigh(line[start : start + count], cache[table[of, block], group, 1], to)
+                        _weigh(line[start : start + count], cache[table[of, skipped + block], group, 1], to)
                     for place in range(dim):
                         to[place] /= total
         first = last
