@@ -114,7 +114,12 @@ OF_CUDA: list[tuple[str, dict[str, Any], tuple[int, int] | None, str]] = [
         "--kv-cache-dtype int8_per_token_head is not supported; "
         "use --kv-cache-dtype auto or bfloat16 or fp8 or fp8_e4m3",
     ),
-    ("lookahead", {"cache_dtype": "fp8_per_token_head"}, (9, 0), "--kv-cache-dtype fp8_per_token_head is not supported"),
+    (
+        "lookahead",
+        {"cache_dtype": "fp8_per_token_head"},
+        (9, 0),
+        "--kv-cache-dtype fp8_per_token_head is not supported",
+    ),
     (
         "lookahead",
         {"cache_dtype": "fp8_e5m2", "dtype": torch.float32},

@@ -104,7 +104,10 @@ def test_every_byte_is_where_a_move_of_one_node_after_the_other_leaves_it(
     for draw in cases(module.kv_commit_kernel):
         monkeypatch.setattr(module, "TILE_NODES", draw.one_of(1, 2, 4, 4, 8))
         # vLLM allocates caches of 8-bit floats as bytes.
-        dtype, layout = draw.one_of(torch.float32, torch.bfloat16, torch.uint8, torch.float8_e4m3fn), draw.one_of(*LAYOUTS)
+        dtype, layout = (
+            draw.one_of(torch.float32, torch.bfloat16, torch.uint8, torch.float8_e4m3fn),
+            draw.one_of(*LAYOUTS),
+        )
         met |= {dtype, layout}
         batch, depth, size = draw.number(1, 4), draw.number(1, 9), draw.one_of(4, 5, 16)
         blocks = batch * (2 + -(-(depth + 13) // size)) + draw.number(0, 3)

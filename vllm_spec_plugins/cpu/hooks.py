@@ -194,7 +194,9 @@ INTERPRETED: tuple[Hook, ...] = (
         why="that kernel writes 8-bit caches on devices that have the type; a CPU names no capability, the interpreter has it",
         signature="(kv_cache_dtype)",
         upstream="stays: for tests only",
-        replacement=lambda original: lambda kv_cache_dtype: kv_cache_dtype.startswith("fp8") or original(kv_cache_dtype),
+        replacement=lambda original: (
+            lambda kv_cache_dtype: kv_cache_dtype.startswith("fp8") or original(kv_cache_dtype)
+        ),
     ),
 )
 

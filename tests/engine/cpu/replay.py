@@ -241,7 +241,9 @@ def self_checks(device: torch.device) -> dict[str, bool]:
     ):
         kernel = getattr(module, name)
         setattr(module, name, replacement)
-        shown[f"a broken {name} stops the start ({cache_dtype})"] = sentence in refused(torch.float32, True, cache_dtype)
+        shown[f"a broken {name} stops the start ({cache_dtype})"] = sentence in refused(
+            torch.float32, True, cache_dtype
+        )
         setattr(module, name, kernel)
     return shown
 

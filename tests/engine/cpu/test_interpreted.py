@@ -101,7 +101,9 @@ def test_a_drafts_replayed_passes_are_those_of_the_batch_at_hand(served: dict[st
 
 
 @pytest.mark.timeout(TIMEOUT)
-def test_text_from_8_bit_caches_is_that_of_none_with_such_caches(served: dict[str, Any], plain: list[list[int]]) -> None:
+def test_text_from_8_bit_caches_is_that_of_none_with_such_caches(
+    served: dict[str, Any], plain: list[list[int]]
+) -> None:
     """Greedy and seeded; the draft model's caches have 8 bits too."""
     none, *drafting = (served[label] for label in EIGHT_BITS)
     pairs = zip(none["tokens"], plain, strict=True)
