@@ -417,7 +417,7 @@ def tree_attention(
         soft_cap: scores become soft_cap * tanh(score / soft_cap); 0 = as they are.
         window: a row sees only the last `window` tokens, itself included; 0 = all. Above 256: its tree is always inside.
         depth: [R] int32, depth of each row in its tree. Needed with a window.
-        k_scale, v_scale: [1] float32, what an 8-bit cache is to be multiplied by.
+        k_scale, v_scale: one float32 each, what an 8-bit cache is to be multiplied by; read from the device by each launch.
         splits: parts of a context that are computed side by side; None = `choose_splits`.
         scratch: used with more than one part; None = allocated.
     """
@@ -434,6 +434,8 @@ def tree_attention(
     assert words.dtype == torch.int64 and words.is_contiguous() and len(words) >= rows and 1 <= words.shape[1] <= 4
     assert window == 0 or (window > 256 and depth is not None and depth.dtype == torch.int32 and depth.is_contiguous())
     assert (k_scale is None) == (v_scale is None)
+    for each in (k_scale, v_scale):
+        assert each is None or (each.numel() == 1 and each.dtype == torch.float32)
     if rows == 0 or batch == 0 or max_rows == 0:
         return
 

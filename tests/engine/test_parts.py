@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -220,3 +221,34 @@ def test_an_untested_vllm_is_refused_naming_both_versions(version: str) -> None:
     check_version("0.32.1")
     with pytest.raises(SettingError, match=rf"works with vLLM 0\.32\.\*, but vLLM {version} is installed"):
         check_version(version)
+
+
+@pytest.mark.parametrize(
+    ("plugin", "cache_dtype", "quantised"),
+    [("lookahead", "fp8", False), ("none", "fp8_e4m3", False), (None, "fp8", True), ("lookahead", "auto", True)],
+)
+def test_queries_keep_their_type_beside_8_bit_caches_where_a_plugin_is_on(
+    plugin: str | None, cache_dtype: str, quantised: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM quantises a query if its attention, on a CUDA device, says that it takes one and the cache has 8 bits."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends import triton_attn
+
+    from vllm_spec_plugins import engine_args
+    from vllm_spec_plugins.engine.triton_attention import TritonTreeImpl
+
+    hopper = SimpleNamespace(
+        is_cuda=lambda: True,
+        is_xpu=lambda: False,
+        has_device_capability=lambda _: True,
+        get_device_capability=lambda: None,
+        get_device_name=lambda: "",
+        fp8_dtype=current_platform.fp8_dtype,
+    )
+    monkeypatch.setattr(triton_attn, "current_platform", hopper)
+    config = VllmConfig(**(engine_args(plugin) if plugin else {}))
+    with set_current_vllm_config(config):
+        impl = TritonTreeImpl(8, 64, 0.125, 4, None, None, cache_dtype)
+    assert impl.supports_quant_query_input is quantised
+    assert impl.scaled is cache_dtype.startswith("fp8")

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from vllm_spec_plugins import registry
 from vllm_spec_plugins.config import SettingError
@@ -24,6 +25,7 @@ def config(**changes: Any) -> Any:
     parts: dict[str, dict[str, Any]] = {
         "model_config": {
             "model": "some/model",
+            "dtype": torch.bfloat16,
             "runner_type": "generate",
             "is_encoder_decoder": False,
             "is_hybrid": False,
@@ -79,7 +81,12 @@ KINDS: list[tuple[dict[str, Any], str]] = [
     ({"decode_context_parallel_size": 2}, "context parallelism"),
     ({"use_ubatching": True}, "micro-batching (--enable-dbo)"),
     ({"kv_transfer_config": object()}, "a K/V connector (--kv-transfer-config)"),
-    ({"cache_dtype": "fp8_e5m2"}, "--kv-cache-dtype fp8_e5m2 is not supported; use --kv-cache-dtype auto"),
+    ({"cache_dtype": "fp8_e5m2"}, "--kv-cache-dtype fp8_e5m2 is not supported; use --kv-cache-dtype auto or bfloat16"),
+    ({"cache_dtype": "float16"}, "--kv-cache-dtype float16 is not supported; use --kv-cache-dtype auto or bfloat16"),
+    (
+        {"cache_dtype": "bfloat16", "dtype": torch.float32},
+        "--kv-cache-dtype bfloat16 is not supported; use --kv-cache-dtype auto",
+    ),
 ]
 OF_TREES: list[tuple[dict[str, Any], str]] = [
     (
@@ -101,7 +108,20 @@ OF_CUDA: list[tuple[str, dict[str, Any], tuple[int, int] | None, str]] = [
         "lookahead",
         {"cache_dtype": "int8_per_token_head"},
         (9, 0),
-        "--kv-cache-dtype int8_per_token_head is not supported",
+        "--kv-cache-dtype int8_per_token_head is not supported; "
+        "use --kv-cache-dtype auto or bfloat16 or fp8 or fp8_e4m3",
+    ),
+    (
+        "lookahead",
+        {"cache_dtype": "fp8_per_token_head"},
+        (9, 0),
+        "--kv-cache-dtype fp8_per_token_head is not supported",
+    ),
+    (
+        "lookahead",
+        {"cache_dtype": "fp8_e5m2", "dtype": torch.float32},
+        (9, 0),
+        "--kv-cache-dtype fp8_e5m2 is not supported; use --kv-cache-dtype auto or fp8 or fp8_e4m3",
     ),
     (
         "self-draft:skip=1+2",
@@ -237,10 +257,27 @@ def test_cuda_devices_of_capability_8_are_served_and_rocm_is_not(plugin: str, mo
 
     settings = registry.resolve(plugin)
     monkeypatch.setattr(support, "current_platform", CudaPlatform((8, 0)))
-    assert list(support._unsupported_by_trees(config(device_type="cuda"), settings)) == []
+    for cache_dtype in ("auto", "bfloat16", "fp8", "fp8_e4m3"):
+        cuda = config(device_type="cuda", cache_dtype=cache_dtype)
+        assert list(support._unsupported_by_trees(cuda, settings)) == []
     monkeypatch.setattr(support, "current_platform", CudaPlatform((9, 0), rocm=True))
     ((what, _),) = support._unsupported_by_trees(config(device_type="cuda"), settings)
     assert what == "tree attention on ROCm devices"
+
+
+@pytest.mark.parametrize("interpreted", [True, False])
+def test_8_bit_caches_are_served_where_trees_are_verified_by_triton(
+    interpreted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm_spec_plugins import compiled
+    from vllm_spec_plugins.engine import support
+
+    monkeypatch.setattr(compiled, "use_kernels", interpreted)
+    for cache_dtype in ("fp8", "fp8_e4m3"):
+        of_trees = support._unsupported_by_trees(config(cache_dtype=cache_dtype), registry.resolve("lookahead"))
+        refused = (f"--kv-cache-dtype {cache_dtype}", "use --kv-cache-dtype auto or bfloat16")
+        assert list(of_trees) == ([] if interpreted else [refused])
+        assert list(support._unsupported_by_schedules(config(cache_dtype=cache_dtype))) == [refused]
 
 
 def test_the_triton_backend_is_chosen_on_cuda_and_another_one_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,6 +68,22 @@ def test_text_is_plain_vllms(
     assert speed > 1.2  # else nothing was accepted, and nothing was shown
 
 
+@pytest.mark.parametrize("mode", ["eager", "full graphs"])
+@pytest.mark.parametrize("name", ["medusa", "specinfer"])
+def test_text_from_8_bit_caches_is_that_of_none_with_such_caches(
+    name: str, mode: str, engine: Callable[..., Any], prompts: list[list[int]]
+) -> None:
+    settings = {**MODES[mode], "kv_cache_dtype": "fp8"}
+    plain, plugin = engine("none", **settings), engine(PLUGINS[name], **settings)
+    for llm in (plain, plugin):
+        layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()
+        assert all(layer.kv_cache.element_size() == 1 and layer.query_quant is None for layer in layers)
+    for kind in ("greedy", "sampled", "mixed"):
+        sampling = [SAMPLINGS[kind](i) for i in range(12)]
+        assert generate(plugin, prompts[:12], sampling)[0] == generate(plain, prompts[:12], sampling)[0], kind
+    assert generate(plugin, prompts[:1], [SAMPLINGS["greedy"](0)])[1] > 1.2  # else nothing was accepted
+
+
 def test_every_layer_runs_tree_attention_on_the_gpu(engine: Callable[..., Any]) -> None:
     from vllm_spec_plugins.engine.triton_attention import TritonTreeImpl
 

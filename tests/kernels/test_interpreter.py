@@ -36,3 +36,44 @@ def test_a_column_too_many_is_seen(rng: torch.Generator) -> None:
     out = torch.empty(7)
     _scaled_sum[(7,)](x, out, x.stride(0), 20, 0.5, BLOCK_SIZE=32)
     assert out.isnan().all()
+
+
+@triton.jit
+def _converted(x_ptr, out_ptr, BLOCK_SIZE: tl.constexpr):
+    at = tl.program_id(0) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+    tl.store(out_ptr + at, tl.load(x_ptr + at).to(out_ptr.dtype.element_ty))
+
+
+def nearest(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The finite 8-bit float next to each of `x`, of two the one with an even code: [n] float32."""
+    codes = torch.arange(128, dtype=torch.uint8)
+    values = codes.view(dtype).double()
+    values = values[values.isfinite()]
+    distance = (x.double().abs().clamp(max=values[-1]).unsqueeze(1) - values).abs()
+    closest = distance == distance.amin(1, keepdim=True)
+    even = closest & (codes[: len(values)] % 2 == 0)
+    code = torch.where(even.any(1), even.int().argmax(1), closest.int().argmax(1))
+    return values[code].float().copysign(x.float())
+
+
+@pytest.mark.parametrize("wide", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_eight_bit_floats_are_rounded_to_the_nearest_and_read_as_what_they_are(
+    dtype: torch.dtype, wide: torch.dtype, rng: torch.Generator
+) -> None:
+    values = torch.arange(256, dtype=torch.uint8).view(dtype)
+    read = torch.zeros(256, dtype=wide)
+    _converted[(2,)](values, read, BLOCK_SIZE=128)
+    torch.testing.assert_close(read.float(), values.float(), rtol=0, atol=0, equal_nan=True)
+
+    finite = values.float()[values.float().isfinite()].sort().values
+    halves = (finite[:-1] + finite[1:]) / 2  # where rounding up and rounding to even part
+    spread = torch.randn(512, generator=rng) * torch.logspace(-6, 5, 512)
+    x = torch.cat([finite, halves, spread, torch.tensor([0.0, 1e6, -1e6, float("inf")])]).to(wide)
+    x = torch.cat([x, x.new_zeros(-len(x) % 128)])
+    written = torch.zeros(len(x), dtype=torch.uint8).view(dtype)
+    _converted[(len(x) // 128,)](x, written, BLOCK_SIZE=128)
+    assert torch.equal(written.float(), nearest(x, dtype))
+    nan, kept = torch.full((128,), float("nan"), dtype=wide), torch.zeros(128, dtype=torch.uint8).view(dtype)
+    _converted[(1,)](nan, kept, BLOCK_SIZE=128)
+    assert kept.float().isnan().all()

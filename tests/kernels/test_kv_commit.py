@@ -103,7 +103,11 @@ def test_every_byte_is_where_a_move_of_one_node_after_the_other_leaves_it(
     met = set()
     for draw in cases(module.kv_commit_kernel):
         monkeypatch.setattr(module, "TILE_NODES", draw.one_of(1, 2, 4, 4, 8))
-        dtype, layout = draw.one_of(torch.float32, torch.bfloat16, torch.float8_e4m3fn), draw.one_of(*LAYOUTS)
+        # vLLM allocates caches of 8-bit floats as bytes.
+        dtype, layout = (
+            draw.one_of(torch.float32, torch.bfloat16, torch.uint8, torch.float8_e4m3fn),
+            draw.one_of(*LAYOUTS),
+        )
         met |= {dtype, layout}
         batch, depth, size = draw.number(1, 4), draw.number(1, 9), draw.one_of(4, 5, 16)
         blocks = batch * (2 + -(-(depth + 13) // size)) + draw.number(0, 3)
@@ -117,7 +121,7 @@ def test_every_byte_is_where_a_move_of_one_node_after_the_other_leaves_it(
         kv_commit_reference(Pointers.of(right.caches), *arguments)
         assert torch.equal(got.everything, expected.everything)
         assert torch.equal(right.everything, expected.everything)
-    assert len(met) == 3 + len(LAYOUTS)
+    assert len(met) == 4 + len(LAYOUTS)
 
 
 def test_a_path_whose_targets_are_its_own_sources_is_moved_as_if_all_were_read_first(rng: torch.Generator) -> None:
@@ -156,6 +160,7 @@ def test_nothing_is_launched_for_no_request_and_for_trees_without_depth() -> Non
         (torch.float32, 3, 0, 4, False),
         (torch.bfloat16, 6, 1, 2, False),
         (torch.float8_e4m3fn, 32, 0, 4, True),
+        (torch.uint8, 64, 0, 4, True),
         (torch.float8_e4m3fn, 6, 0, 2, False),
         (torch.float8_e4m3fn, 7, 0, 1, False),
     ],

@@ -155,7 +155,7 @@ def random_case(rng: torch.Generator, **wanted: Any) -> Case:
         "soft_cap": draw("soft_cap", 0.0, 0.0, 2.0, 30.0),
         "window": window,
         "depth": depth.int() if window else None,
-        "k_scale": torch.tensor([0.7]) if scaled else None,
+        "k_scale": torch.tensor(0.7) if scaled else None,
         "v_scale": torch.tensor([1.3]) if scaled else None,
         "splits": splits,
         "scratch": scratch,

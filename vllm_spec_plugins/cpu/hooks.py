@@ -189,6 +189,15 @@ INTERPRETED: tuple[Hook, ...] = (
         upstream="stays: for tests only",
         replacement=lambda _: lambda device=None: (9, 0),
     ),
+    Hook(
+        target="vllm.v1.attention.ops.triton_reshape_and_cache_flash:_is_supported_kv_cache_dtype",
+        why="that kernel writes 8-bit caches on devices that have the type; a CPU names no capability, the interpreter has it",
+        signature="(kv_cache_dtype)",
+        upstream="stays: for tests only",
+        replacement=lambda original: (
+            lambda kv_cache_dtype: kv_cache_dtype.startswith("fp8") or original(kv_cache_dtype)
+        ),
+    ),
 )
 
 # In worker processes only: the module of the target gives torch's CUDA names another meaning when it is imported.

@@ -66,7 +66,7 @@ def enable() -> None:
 
 def _repair_interpreter() -> None:
     """What Triton 3.9's interpreter lacks for vLLM's kernels and ours: masks that are not plain bool arrays, products of bfloat16
-    matrices (it multiplies their bits), two libdevice functions.
+    matrices (it multiplies their bits), 8-bit floats (see `_repair_eight_bits`), two libdevice functions.
     """
     import numpy as np
     import triton.language as tl
@@ -95,6 +95,7 @@ def _repair_interpreter() -> None:
 
     builder.create_masked_load, builder.create_masked_store = create_masked_load, create_masked_store
     builder.create_dot = create_dot
+    _repair_eight_bits(builder)
 
     def elementwise(function: Any, dtype: Any) -> Any:
         def apply(value: Any) -> Any:
@@ -107,6 +108,42 @@ def _repair_interpreter() -> None:
 
     libdevice.log1p = elementwise(np.log1p, None)
     libdevice.isnan = elementwise(np.isnan, tl.int1)
+
+
+def _repair_eight_bits(builder: Any) -> None:
+    """Conversions from and to 8-bit floats as NVIDIA's devices have them: to the nearest, of two the even one, and to the largest
+    where it is larger. The interpreter rounds halves up, drops the carry into an odd exponent, and reads NaN as a number.
+    """
+    import numpy as np
+    import torch
+    import triton.language as tl
+    from triton.runtime.interpreter import TensorHandle, _get_np_dtype
+
+    convert = builder.create_fp_to_fp
+    types = {tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
+    codes = torch.arange(256, dtype=torch.uint8)
+    values = {ours: codes.view(theirs).float().numpy() for ours, theirs in types.items()}
+
+    def create_fp_to_fp(self: Any, src: Any, dst_type: Any, rounding_mode: Any) -> Any:
+        source, target = src.dtype.scalar, dst_type.scalar
+        if source not in types and target not in types:
+            return convert(self, src, dst_type, rounding_mode)
+        if source in types:
+            wide = values[source][src.data]
+        elif source == tl.bfloat16:
+            wide = (src.data.astype(np.uint32) << 16).view(np.float32)
+        else:
+            wide = src.data.astype(np.float32)
+        if target in types:
+            largest = torch.finfo(types[target]).max
+            data = torch.tensor(wide).clamp(-largest, largest).to(types[target]).view(torch.uint8).numpy()
+        elif target == tl.bfloat16:  # which has every value of 8 bits
+            data = (wide.view(np.uint32) >> 16).astype(np.uint16)
+        else:
+            data = wide.astype(_get_np_dtype(target))
+        return TensorHandle(data, target)
+
+    builder.create_fp_to_fp = create_fp_to_fp
 
 
 def _enabled() -> bool:

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from vllm.config import ModelConfig, VllmConfig
 from vllm.config.compilation import CompilationMode
 from vllm.platforms import current_platform
@@ -18,12 +19,15 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm_spec_plugins.config import FLAG, SettingError, Settings
 from vllm_spec_plugins.depth_settings import SkipDecodeSettings
 from vllm_spec_plugins.engine import weights
+from vllm_spec_plugins.engine.backend import on_triton
 from vllm_spec_plugins.method import Draft, Target
 from vllm_spec_plugins.registry import method_of
 
 # Of vLLM's attention backends on CUDA devices, the one that this package extends.
 TREE_BACKEND = "TRITON_ATTN"
 LEAST_CAPABILITY, LARGEST_HEAD, MOST_ROWS = (8, 0), 256, 256
+# 8-bit K/V caches, with a scale per layer. vLLM's Triton kernels would take fp8_e5m2 for e4m3 as well.
+EIGHT_BITS = ("fp8", "fp8_e4m3")
 
 # Releases whose seams the hooks were written against and tested with.
 TESTED_RELEASES = ("0.32",)
@@ -129,7 +133,7 @@ def _longest(config: ModelConfig) -> int:
 
 def _unsupported(config: VllmConfig) -> Iterator[tuple[str, str]]:
     """(what is not supported, what would be valid), for everything that does not hold; for trees and schedules alike."""
-    model, parallel, cache = config.model_config, config.parallel_config, config.cache_config
+    model, parallel = config.model_config, config.parallel_config
     name = model.model
     without = _without()
     if model.runner_type != "generate":
@@ -158,8 +162,6 @@ def _unsupported(config: VllmConfig) -> Iterator[tuple[str, str]]:
         yield "micro-batching (--enable-dbo)", "start without it"
     if config.kv_transfer_config is not None:
         yield "a K/V connector (--kv-transfer-config)", "start without it"
-    if cache.cache_dtype.startswith("fp8") or cache.cache_dtype.endswith("per_token_head"):
-        yield f"--kv-cache-dtype {cache.cache_dtype}", "use --kv-cache-dtype auto"
 
 
 def _unsupported_by_trees(config: VllmConfig, settings: Settings) -> Iterator[tuple[str, str]]:
@@ -190,6 +192,15 @@ def _unsupported_by_trees(config: VllmConfig, settings: Settings) -> Iterator[tu
             f"tree attention on {what} devices",
             f"this release verifies trees on the CPU and on CUDA devices: use {FLAG} none there",
         )
+    yield from _unsupported_caches(config, EIGHT_BITS if on_triton(torch.device(device)) else ())
+
+
+def _unsupported_caches(config: VllmConfig, eight_bits: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    """A K/V cache holds the model's own type, or one of `eight_bits`. A checkpoint may say so in the place of the flag."""
+    asked, own = config.cache_config.cache_dtype, str(config.model_config.dtype).removeprefix("torch.")
+    valid = ("auto", *((own,) if own != "float32" else ()), *eight_bits)  # vLLM has no name for caches of float32
+    if asked not in valid:
+        yield f"--kv-cache-dtype {asked}", f"use --kv-cache-dtype {' or '.join(valid)}"
 
 
 def _unsupported_on_cuda(config: VllmConfig, settings: Settings) -> Iterator[tuple[str, str]]:
@@ -221,6 +232,7 @@ def _unsupported_by_schedules(config: VllmConfig) -> Iterator[tuple[str, str]]:
             f"a schedule of layers on {config.device_config.device_type} devices",
             f"this release runs them on the CPU only: use {FLAG} none there",
         )
+    yield from _unsupported_caches(config, ())
 
 
 def _without() -> str:

@@ -13,7 +13,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from vllm.config import VllmConfig
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.platforms import current_platform
+from vllm.utils.torch_utils import is_quantized_kv_cache
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionType, CommonAttentionMetadata
 from vllm.v1.attention.backends.triton_attn import (
     TritonAttentionBackend,
@@ -24,6 +26,7 @@ from vllm.v1.attention.backends.triton_attn import (
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_spec_plugins import compiled
+from vllm_spec_plugins.engine.settings import settings_of
 from vllm_spec_plugins.engine.state import StepTrees
 from vllm_spec_plugins.engine.tree_rows import TreeRows, foreign, unknown, without_trees
 from vllm_spec_plugins.kernels.tree_attention import tree_attention
@@ -173,17 +176,36 @@ def only_trees(rows: TreeRows, slot_mapping: Tensor) -> TritonTreeMetadata:
     )
 
 
+def keys_values(kv_cache: Tensor, dim: int, cache_dtype: str) -> tuple[Tensor, Tensor]:
+    """Two [blocks, P, G, D] views of [blocks, G, P, 2 * D]. vLLM allocates a cache of 8-bit floats as bytes."""
+    if is_quantized_kv_cache(cache_dtype):
+        kv_cache = kv_cache.view(current_platform.fp8_dtype())
+    keys, values = kv_cache.transpose(1, 2).split(dim, dim=-1)
+    return keys, values
+
+
 class TritonTreeImpl(TritonAttentionImpl):
-    """vLLM's Triton attention, and tree attention for tree rows."""
+    """vLLM's Triton attention, and tree attention for tree rows.
+
+    Attributes:
+        scaled: the cache holds 8-bit floats, to be multiplied by the layer's scales.
+    """
 
     _cache: Tensor | None = None
     _keys_values: tuple[Tensor, Tensor]
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.scaled = is_quantized_kv_cache(self.kv_cache_dtype)
+        # With a quantised query vLLM's kernel rounds queries and probabilities to 8 bits. The tree kernel does not, and a
+        # token's row is one with a tree in one engine and one without in another: here all multiply in the query's own type.
+        if self.scaled and settings_of(get_current_vllm_config()) is not None:
+            self.supports_quant_query_input = False
+
     def _halves(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values, two [blocks, P, G, D] views of [blocks, G, P, 2 * D], made once."""
+        """Keys and values of the layer's cache, made once."""
         if self._cache is not kv_cache:
-            keys, values = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
-            self._cache, self._keys_values = kv_cache, (keys, values)
+            self._cache, self._keys_values = kv_cache, keys_values(kv_cache, self.head_size, self.kv_cache_dtype)
         return self._keys_values
 
     def fused_output_quant_supported(self, quant_key: Any) -> bool:
@@ -223,6 +245,9 @@ class TritonTreeImpl(TritonAttentionImpl):
             soft_cap=self.logits_soft_cap,
             window=window_of(self),
             depth=tree.depth,
+            # The layer's own tensors: when weights are loaded, others may take their place.
+            k_scale=layer._k_scale if self.scaled else None,
+            v_scale=layer._v_scale if self.scaled else None,
         )
         if rest is not None:
             part = slice(tree.num_tokens, tree.num_tokens + rest.num_actual_tokens)
@@ -254,7 +279,7 @@ def kind_of(layer: Any, block_size: int) -> tuple[Any, ...]:
     heads_apart = layer.kv_cache.stride(1) > layer.kv_cache.stride(2)
     cache = layer.kv_cache
     shape = (impl.num_heads, impl.num_kv_heads, impl.head_size)
-    return cache.device, block_size, *shape, cache.dtype, heads_apart, window_of(impl)
+    return cache.device, block_size, *shape, layer.dtype, heads_apart, window_of(impl), impl.kv_cache_dtype
 
 
 def check_layout(
@@ -266,8 +291,9 @@ def check_layout(
     dtype: torch.dtype,
     heads_apart: bool,
     window: int,
+    cache_dtype: str,
 ) -> None:
     """See `self_check.check`."""
     from vllm_spec_plugins.engine.self_check import check
 
-    check(device, block_size, heads, groups, dim, dtype, heads_apart, window)
+    check(device, block_size, heads, groups, dim, dtype, heads_apart, window, cache_dtype)

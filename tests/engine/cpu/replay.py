@@ -214,17 +214,20 @@ def self_checks(device: torch.device) -> dict[str, bool]:
     """The check at an engine's start passes, and finds each of three kernels that is broken."""
     from vllm_spec_plugins.engine import self_check
 
-    def refused(dtype: torch.dtype, heads_apart: bool, window: int = 0) -> str:
+    def refused(dtype: torch.dtype, heads_apart: bool, window: int = 0, cache_dtype: str = "auto") -> str:
         try:
-            self_check.check(device, SIZE, HEADS, GROUPS, DIM, dtype, heads_apart, window)
+            self_check.check(device, SIZE, HEADS, GROUPS, DIM, dtype, heads_apart, window, cache_dtype)
         except RuntimeError as error:
             return str(error)
         return ""
 
     shown = {}
-    layouts = [(dtype, apart) for dtype in (torch.float32, torch.bfloat16) for apart in (True, False)]
-    shown["the start's self-check passes in both layouts and types"] = not any(refused(*layout) for layout in layouts)
-    shown["the start's self-check passes with a window"] = not refused(torch.float32, True, WINDOW)
+    types = [(torch.float32, "auto"), (torch.bfloat16, "auto"), (torch.float32, "fp8"), (torch.bfloat16, "fp8_e4m3")]
+    found = [refused(dtype, apart, 0, cache_dtype) for dtype, cache_dtype in types for apart in (True, False)]
+    shown["the start's self-check passes in both layouts and all types"] = not any(found)
+    shown["the start's self-check passes with a window"] = not (
+        refused(torch.float32, True, WINDOW) or refused(torch.float32, True, WINDOW, "fp8")
+    )
     attend, walk = self_check.tree_attention.tree_attention, self_check.tree_walk.tree_walk
     broken: list[tuple[Any, str, Any, str]] = [
         (
@@ -241,10 +244,30 @@ def self_checks(device: torch.device) -> dict[str, bool]:
         ),
         (self_check.kv_commit, "kv_commit", lambda *given: None, "the move of K/V computes"),
     ]
-    for module, name, replacement, sentence in broken:
+    scaled: list[tuple[Any, str, Any, str]] = [
+        (
+            self_check.tree_attention,
+            "tree_attention",
+            lambda *given, v_scale, **others: attend(*given, v_scale=v_scale * 1.1, **others),
+            "tree attention computes",
+        ),
+        (
+            self_check,
+            "triton_reshape_and_cache_flash",
+            lambda *given: write(*given[:-2], given[-1], given[-2]),
+            "tree attention computes",
+        ),
+    ]
+    write = self_check.triton_reshape_and_cache_flash
+    for (module, name, replacement, sentence), cache_dtype in (
+        *((each, "auto") for each in broken),
+        *((each, "fp8") for each in scaled),
+    ):
         kernel = getattr(module, name)
         setattr(module, name, replacement)
-        shown[f"a broken {name} stops the start"] = sentence in refused(torch.float32, True)
+        shown[f"a broken {name} stops the start ({cache_dtype})"] = sentence in refused(
+            torch.float32, True, 0, cache_dtype
+        )
         setattr(module, name, kernel)
     return shown
 

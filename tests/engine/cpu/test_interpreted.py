@@ -25,6 +25,15 @@ PLUGINS: dict[str, dict[str, Any]] = {
     "medusa": {"model": str(MODELS / "medusa"), "nodes": 7, "adapt": False, "min_chance": 0.0},
     "specinfer": {"model": str(MODELS / "draft"), "nodes": 7, "depth": 3, "adapt": False, "min_chance": 0.0},
 }
+EIGHT_BITS = {f"{name} in 8 bits": name for name in ("none", "medusa", "specinfer")}
+ENGINES = {
+    **{name: {"plugin": name, "settings": settings, "arguments": {}} for name, settings in PLUGINS.items()},
+    **{
+        label: {"plugin": name, "settings": PLUGINS.get(name, {}), "arguments": {"kv_cache_dtype": "fp8"}}
+        for label, name in EIGHT_BITS.items()
+    },
+}
+SCALES = [0.001, 0.002]  # 448 times that is the largest key, and value: so little that texts show it
 # Rows of the target's graphs: batches of 1 and of 4 requests with trees of 7 nodes.
 SIZES = [8, 32]
 
@@ -45,7 +54,7 @@ def served(batch: list[Request]) -> dict[str, Any]:
     run = subprocess.run(
         [sys.executable, "-m", "tests.engine.cpu.served"],
         cwd=ROOT,
-        input=json.dumps({"plugins": PLUGINS, "batch": batch, "sizes": SIZES, "seed": seed}),
+        input=json.dumps({"engines": ENGINES, "scales": SCALES, "batch": batch, "sizes": SIZES, "seed": seed}),
         capture_output=True,
         text=True,
         timeout=TIMEOUT - 60,
@@ -66,7 +75,8 @@ def plain(engine: Callable[..., Any], batch: list[Request]) -> list[list[int]]:
 def test_text_is_plain_decodings(name: str, served: dict[str, Any], plain: list[list[int]]) -> None:
     found = served[name]
     assert found["tokens"] == plain
-    assert found["attention"] == ["TritonTreeImpl"]
+    assert found["attention"] == ["TritonTreeImpl"] and found["bytes"] == [4]
+    assert found["launches"]["scaled"] == 0
     if name != "lookahead":  # which has to have seen some of the text
         assert found["steps"] < TOKENS, "no drafts were accepted: the test is too easy"
     for kernel in ("kernel_unified_attention", "reshape_and_cache_kernel_flash", "tree_attention_kernel"):
@@ -88,3 +98,20 @@ def test_a_drafts_replayed_passes_are_those_of_the_batch_at_hand(served: dict[st
     shown = served["specinfer"]["replayed"]["shown"]
     assert len(shown) == 12
     assert [what for what, holds in shown.items() if not holds] == []
+
+
+@pytest.mark.timeout(TIMEOUT)
+def test_text_from_8_bit_caches_is_that_of_none_with_such_caches(
+    served: dict[str, Any], plain: list[list[int]]
+) -> None:
+    """Greedy and seeded; the draft model's caches have 8 bits too."""
+    none, *drafting = (served[label] for label in EIGHT_BITS)
+    pairs = zip(none["tokens"], plain, strict=True)
+    assert all(ours != theirs for ours, theirs in pairs), "8 bits change nothing: the test is too easy"
+    assert none["launches"]["kernel_unified_attention"] > 0 and "tree_attention_kernel" not in none["launches"]
+    for found in drafting:
+        assert found["tokens"] == none["tokens"]
+        assert found["steps"] < TOKENS, "no drafts were accepted: the test is too easy"
+        assert found["launches"]["scaled"] == found["launches"]["tree_attention_kernel"] > 0
+    for found in (none, *drafting):
+        assert found["attention"] == ["TritonTreeImpl"] and found["bytes"] == [1]

@@ -21,5 +21,5 @@ def test_metadata_that_was_captured_gives_every_later_steps_result(seed: int) ->
     )
     assert run.returncode == 0, run.stderr[-6000:]
     shown = json.loads(run.stdout.strip().splitlines()[-1])
-    assert len(shown) == 22
+    assert len(shown) == 24
     assert [what for what, holds in shown.items() if not holds] == []
