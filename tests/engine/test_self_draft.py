@@ -152,7 +152,8 @@ def test_the_part_says_in_the_engine_what_it_says_alone(
         nonlocal checked
         found = grow(tree, request, row, token)
         for line, (b, at) in enumerate(zip(request.tolist(), row.tolist(), strict=True)):
-            if line % 5:
+            # Where shapes are fixed there are rows for nodes that are not; nobody asks what they say.
+            if line % 5 or (at and tree.tokens[b, at - 1] < 0):
                 continue
             path: list[int] = []
             while at:
