@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import vllm_spec_plugins
-from tests.engine.conftest import MODELS
+from tests.engine.conftest import LANE, MODELS
 from tests.engine.decoding import SAMPLINGS, generate
 from tests.models.llama import load_checkpoint
 from vllm_spec_plugins.config import SettingError
@@ -80,7 +80,8 @@ def test_the_draft_says_in_the_engine_what_it_says_alone(
     def check_extend(tree: Any, request: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
         found = extend(tree, request, row)
         for line, (b, at) in enumerate(zip(request.tolist(), row.tolist(), strict=True)):
-            if line % 5 == 0:
+            # Where shapes are fixed there are rows for nodes that are not; nobody asks what they say.
+            if line % 5 == 0 and not (at and tree.tokens[b, at - 1] < 0):
                 path: list[int] = []
                 while at:
                     path.insert(0, int(tree.tokens[b, at - 1]))
@@ -106,9 +107,13 @@ def test_kept_nodes_are_not_read_again(
     one, counts = drafter(specinfer), []
     read = one._read
 
-    def count(part: Any, first: Any, number: Any) -> torch.Tensor:
-        counts.append(int(number.sum()))
-        return read(part, first, number)
+    def count(*given: Any) -> torch.Tensor:
+        if LANE:  # from where, to where, at most
+            seen, ends, _ = given
+            counts.append(int((ends - seen).sum()))
+        else:  # of which requests, from where, how many
+            counts.append(int(given[2].sum()))
+        return read(*given)
 
     monkeypatch.setattr(one, "_read", count)
     found, speed = generate(specinfer, prompts[:1], [{"temperature": 0.0}])
