@@ -61,7 +61,11 @@ REFUSED: dict[str, tuple[list[str], dict[str, str], list[str]]] = {
     ),
     "yaml": ([MODEL, "--config", "plugin.yaml"], {}, ["guesses=0", "valid are 1 to 32"]),
     "environment": ([MODEL], {"VLLM_SPEC_PLUGIN": "lookahed"}, ["'lookahed'", "valid are none, lookahead"]),
-    "model": (["sliding", "--tokenizer", MODEL, "--plugin", "lookahead"], {}, ["sliding-window", "--plugin none"]),
+    "model": (
+        ["sliding", "--tokenizer", MODEL, "--plugin", "lookahead"],
+        {},
+        ["a sliding window of 64 tokens", "--plugin none"],
+    ),
     "deployment": ([MODEL, "--plugin", "lookahead", "--kv-cache-dtype", "fp8"], {}, ["--kv-cache-dtype fp8", "auto"]),
 }
 
