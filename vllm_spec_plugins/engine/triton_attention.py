@@ -90,7 +90,7 @@ class TritonTreeBuilder(TritonAttentionMetadataBuilder):
         windows = any(window_of(layers[name].impl) for name in layer_names)
         self.depth = torch.zeros(tokens, dtype=torch.int32, device=device) if windows else None
         self._place = torch.arange(tokens, device=device)
-        if compiled.use_kernels:  # the interpreter runs one program after the other: no splitting of contexts
+        if compiled.use_kernels:  # interpreted, a context in parts is only more work
             self.seq_threshold_3D = 0
 
     def build(
@@ -282,18 +282,8 @@ def kind_of(layer: Any, block_size: int) -> tuple[Any, ...]:
     return cache.device, block_size, *shape, layer.dtype, heads_apart, window_of(impl), impl.kv_cache_dtype
 
 
-def check_layout(
-    device: torch.device,
-    block_size: int,
-    heads: int,
-    groups: int,
-    dim: int,
-    dtype: torch.dtype,
-    heads_apart: bool,
-    window: int,
-    cache_dtype: str,
-) -> None:
-    """See `self_check.check`."""
+def check_layout(*kind: Any) -> None:
+    """See `self_check.check`, whose arguments `kind_of` gives."""
     from vllm_spec_plugins.engine.self_check import check
 
-    check(device, block_size, heads, groups, dim, dtype, heads_apart, window, cache_dtype)
+    check(*kind)
